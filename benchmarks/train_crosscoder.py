@@ -1,0 +1,293 @@
+"""How fast does a crosscoder train? Ours, a plain dense loop, SAELens, and the least work there is.
+
+    python benchmarks/train_crosscoder.py                      # toy size
+    python benchmarks/train_crosscoder.py --size paper         # the sizes of arXiv 2606.26474
+    python benchmarks/train_crosscoder.py --size all --quick   # few steps, smallest paper size only
+
+Paper sizes: d_model 2048, D 8192 and 16384, k 45, 90 and 160, batch 1024. Contenders, all in
+float32 on the same random activations of two models, auxiliary loss off:
+
+- ``ours``: ``dfc_lib.training.train`` as the notebooks call it, with its batches, normaliser,
+  gradient clipping and logging.
+- ``dense``: the plain loop of the published code: einsum, ReLU, top-k, scatter, einsum, Adam,
+  clipping, and a second forward pass for the metrics. Masks are applied after each step only,
+  which is cheaper than the published product in every forward pass.
+- ``saelens``: ``TopKTrainingSAE`` over the concatenated streams, driven by ``SAETrainer``.
+- ``floor``: one encoder product and one fused Adam step over all parameters.
+
+A step is timed from one request for a batch to the next; the median after a warm-up is reported.
+Peak memory is what the process (or the GPU) holds beyond what it held before the contender
+started. A GPU is used if there is one. Nothing is written unless ``--json`` asks for it.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dfc_lib.crosscoder import Partition
+from dfc_lib.training import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Size:
+    name: str
+    d_model: int
+    d_dict: int
+    k: int
+    batch: int
+
+    @property
+    def partition(self) -> Partition:
+        return Partition.dedicated(self.d_dict, 0.05)
+
+
+TOY = [Size("toy", 192, 1024, 16, 512)]
+PAPER = [Size("paper", 2048, D, k, 1024) for D in (8192, 16384) for k in (45, 90, 160)]
+
+
+@dataclass
+class Stopwatch:
+    """Ticks at every request for a batch; counts as an activation source for ``train``."""
+
+    activations: torch.Tensor
+    batch: int
+    device: str
+    ticks: list[float] = field(default_factory=list)
+    peak: float = float("nan")
+
+    def __post_init__(self):
+        self.n = len(self.activations)
+        gc.collect()
+        self._before = _memory_now(self.device)
+        _reset_peak(self.device)
+
+    def gather(self, indices) -> torch.Tensor:
+        if len(indices) == self.batch:
+            self.tick()
+        return self.activations[torch.as_tensor(np.asarray(indices))]
+
+    def tick(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ticks.append(time.perf_counter())
+        self.peak = _peak_now(self.device) - self._before
+
+    def batches(self, steps: int):
+        """``steps`` batches of random samples, with a tick before each."""
+        generator = np.random.default_rng(0)
+        for _ in range(steps):
+            yield self.gather(np.sort(generator.permutation(self.n)[: self.batch])).to(self.device)
+
+    def seconds_per_step(self, warm_up: int) -> float:
+        intervals = np.diff(self.ticks)[warm_up:]
+        return statistics.median(intervals.tolist())
+
+
+def _status(key: str) -> float:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    except (OSError, StopIteration):
+        return float("nan")
+
+
+def _memory_now(device: str) -> float:
+    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+
+
+def _peak_now(device: str) -> float:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        print("peak MB is an upper bound: this system cannot reset the mark", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# Contenders: each runs some steps and returns the stopwatch that they were timed with
+
+
+def run_ours(size: Size, activations: torch.Tensor, steps: int, device: str) -> Stopwatch:
+    watch = Stopwatch(activations, size.batch, device)
+    config = TrainConfig(
+        size.partition,
+        size.k,
+        steps=steps,
+        batch_size=size.batch,
+        lr=1e-4,
+        aux_coef=0.0,
+        checkpoint_every=steps + 1,
+        device=device,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        train(config, watch, Path(folder) / "run", progress=False)
+    return watch
+
+
+class DenseCrosscoder(nn.Module):
+    """The published layout, every product dense."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.k, self.partition = size.k, size.partition
+        self.W_enc = nn.Parameter(torch.randn(2, size.d_model, size.d_dict) / size.d_model**0.5)
+        self.b_enc = nn.Parameter(torch.zeros(size.d_dict))
+        self.W_dec = nn.Parameter(torch.randn(size.d_dict, 2, size.d_model) / size.d_dict**0.5)
+        self.b_dec = nn.Parameter(torch.zeros(2, size.d_model))
+        self.mask()
+
+    @torch.no_grad()
+    def mask(self):
+        self.partition.zero_forbidden_(self.W_enc.permute(2, 0, 1))
+        self.partition.zero_forbidden_(self.W_dec)
+
+    def forward(self, x):
+        preactivations = F.relu(torch.einsum("bmd,mdf->bf", x, self.W_enc) + self.b_enc)
+        values, indices = preactivations.topk(self.k, dim=-1)
+        f = torch.zeros_like(preactivations).scatter(-1, indices, values)
+        return torch.einsum("bf,fmd->bmd", f, self.W_dec) + self.b_dec, f
+
+
+def run_dense(size: Size, activations: torch.Tensor, steps: int, device: str) -> Stopwatch:
+    watch = Stopwatch(activations, size.batch, device)
+    model = DenseCrosscoder(size).to(device)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+    slices = model.partition.slices
+    for x in watch.batches(steps):
+        optimiser.zero_grad()
+        reconstruction, _ = model(x)
+        F.mse_loss(reconstruction, x).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        model.mask()
+        with torch.no_grad():
+            _, f = model(x)
+            _ = [float((f[:, features] > 0).sum(-1).float().mean()) for features in slices.values()]
+    return watch
+
+
+def run_saelens(size: Size, activations: torch.Tensor, steps: int, device: str) -> Stopwatch:
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    watch = Stopwatch(activations, size.batch, device)
+    cfg = TopKTrainingSAEConfig(
+        d_in=2 * size.d_model, d_sae=size.d_dict, k=size.k, aux_loss_coefficient=0.0, device=device
+    )
+    trainer_cfg = SAETrainerConfig(
+        total_training_samples=steps * size.batch,
+        train_batch_size_samples=size.batch,
+        lr=1e-4,
+        lr_end=1e-5,
+        device=device,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    batches = (x.flatten(1) for x in watch.batches(steps))
+    SAETrainer(cfg=trainer_cfg, sae=TopKTrainingSAE(cfg), data_provider=batches).fit()
+    return watch
+
+
+def run_floor(size: Size, activations: torch.Tensor, steps: int, device: str) -> Stopwatch:
+    watch = Stopwatch(activations, size.batch, device)
+    width = 2 * size.d_model
+    shapes = [(size.d_dict, width), (size.d_dict, width), (size.d_dict,), (width,)]
+    params = [nn.Parameter(torch.randn(shape, device=device) / 64) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param) / 64
+    optimiser = torch.optim.Adam(params, lr=1e-4, fused=True)
+    x = activations[: size.batch].flatten(1).to(device)
+    out = torch.empty(size.batch, size.d_dict, device=device)
+    with torch.no_grad():
+        for _ in range(steps):
+            watch.tick()
+            torch.mm(x, params[0].T, out=out)
+            optimiser.step()
+    return watch
+
+
+CONTENDERS = {"ours": run_ours, "dense": run_dense, "saelens": run_saelens, "floor": run_floor}
+
+
+def measure(size: Size, steps: int, warm_up: int, device: str) -> list[dict]:
+    """One row per contender: time per step, also relative to ours and to the floor, peak memory."""
+    torch.manual_seed(0)
+    activations = torch.randn(4 * size.batch, 2, size.d_model)
+    rows = []
+    for name, contender in CONTENDERS.items():
+        watch = contender(size, activations, steps + warm_up + 1, device)
+        seconds = watch.seconds_per_step(warm_up)
+        row = {"size": size.name, "d_model": size.d_model, "D": size.d_dict, "k": size.k}
+        row |= {"batch": size.batch, "contender": name, "ms_per_step": 1e3 * seconds}
+        row |= {"samples_per_s": size.batch / seconds, "peak_MB": watch.peak / 2**20}
+        rows.append(row)
+    seconds = {row["contender"]: row["ms_per_step"] for row in rows}
+    for row in rows:
+        row["time_vs_ours"] = row["ms_per_step"] / seconds["ours"]
+        row["time_vs_floor"] = row["ms_per_step"] / seconds["floor"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("toy", "paper", "all"), default="toy")
+    parser.add_argument("--quick", action="store_true", help="few steps, smallest paper size only")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    sizes = {"toy": TOY, "paper": PAPER, "all": TOY + PAPER}[args.size]
+    if args.quick:
+        sizes = [size for size in sizes if size in (TOY[0], PAPER[0])]
+    processor = f"CPU, {torch.get_num_threads()} thread(s)"
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {processor}, float32")
+    print("  size d_model      D    k contender   ms/step  samples/s  x ours x floor  peak MB")
+    table = []
+    for size in sizes:
+        small = size.d_model < 1024 or device == "cuda"
+        steps, warm_up = (50, 10) if small else (5, 1)
+        if args.quick:
+            steps, warm_up = (20, 5) if small else (2, 1)
+        for row in measure(size, steps, warm_up, device):
+            table.append(row)
+            print(
+                f"{row['size']:>6} {row['d_model']:>7} {row['D']:>6} {row['k']:>4} {row['contender']:>9} "
+                f"{row['ms_per_step']:9.2f} {row['samples_per_s']:10.0f} {row['time_vs_ours']:7.2f} "
+                f"{row['time_vs_floor']:7.2f} {row['peak_MB']:8.0f}",
+                flush=True,
+            )
+    if args.json:
+        content = {"torch": torch.__version__, "processor": processor, "rows": table}
+        args.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""How pytest treats the notebooks (nbval) and the tests.
+
+It stands at the top because it is for ``notebooks/`` and ``tests/``, which lie below it.
+"""
+
+from dfc_lib import profiles
+
+
+def pytest_configure(config):
+    """``# REGRESS`` marks rounded results, compared at the profile that they were made at."""
+    if config.getoption("nbval", False) or config.getoption("nbval_lax", False):
+        from nbval import plugin
+
+        plugin.comment_markers["REGRESS"] = ("check", profiles.load("toy").published)
+
+
+def pytest_collectstart(collector):
+    """What goes to stderr, progress bars above all, differs at every run: never compare it."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare = (*collector.skip_compare, "stderr")

@@ -1,0 +1,245 @@
+"""Sparse forward and backward of a top-k dictionary: work only for the features that fire.
+
+Of ``d_dict`` features only ``k`` per sample are active, so of the dense cost of a training step
+(five products of ``2 * batch * width * d_dict`` operations, with ``width = n_models * d_model``)
+one is needed, the encoder's product that finds the active features. Everything after it touches
+``batch * k`` rows:
+
+====================  ==========================================  ==================================
+quantity              formula (``S`` = the sparse code)           computed by
+====================  ==========================================  ==================================
+reconstruction        ``S @ W_dec``                               ``Pattern.matmul``
+gradient of ``W_dec``  ``S.T @ grad``                             ``Pattern.transposed_matmul``
+gradient of ``S``     ``grad @ W_dec.T`` where ``S`` is stored    ``Pattern.sampled_product``
+gradient of ``W_enc``  ``grad_S.T @ x``                           ``Pattern.transposed_matmul``
+====================  ==========================================  ==================================
+
+Both weight matrices are stored feature-major, ``(d_dict, width)`` and contiguous, so an active
+feature is one row. The gradients are exact, not approximations: ``tests/test_crosscoder.py``
+compares them with the dense path in float64.
+
+``accumulate_into``: at ``d_model = 2048`` a fresh gradient is 134 MB, and the page faults of
+allocating it cost more than computing it. A training loop that keeps its gradient buffers passes
+them here; the weight gradient is then added to the buffer in place and autograd sees none for that
+weight. Without it everything is ordinary autograd.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which features are active in which sample, in compressed sparse row form, without values.
+
+    Attributes:
+        starts: the entries of sample ``b`` are ``feature[starts[b] : starts[b + 1]]``.
+        feature: the active feature of each entry, ascending within a sample.
+        d_dict: number of features.
+    """
+
+    starts: Int64[Tensor, " batch+1"]
+    feature: Int64[Tensor, " entries"]
+    d_dict: int
+
+    @property
+    def batch(self) -> int:
+        return self.starts.numel() - 1
+
+    @cached_property
+    def sample(self) -> Int64[Tensor, " entries"]:
+        """The sample of each entry."""
+        samples = torch.arange(self.batch, device=self.feature.device)
+        return samples.repeat_interleave(self.starts.diff(), output_size=self.feature.numel())
+
+    @cached_property
+    def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        # Stable: the order of summation, and with it every bit of the result, is reproducible.
+        feature, order = self.feature.sort(stable=True)
+        edges = torch.arange(self.d_dict + 1, device=feature.device)
+        return torch.searchsorted(feature, edges), self.sample[order], order
+
+    def dense(self, values: Float[Tensor, " entries"]) -> Float[Tensor, "batch d_dict"]:
+        """The code as an ordinary matrix."""
+        code = values.new_zeros(self.batch, self.d_dict)
+        return code.index_put((self.sample, self.feature), values)
+
+    def matmul(
+        self, values: Float[Tensor, " entries"], rows: Float[Tensor, "d_dict width"]
+    ) -> Float[Tensor, "batch width"]:
+        """``S @ rows``: for each sample the weighted sum of its active rows."""
+        if self.feature.numel() == 0:
+            return rows.new_zeros(self.batch, rows.shape[1])
+        return F.embedding_bag(
+            self.feature,
+            rows,
+            self.starts,
+            mode="sum",
+            per_sample_weights=values,
+            include_last_offset=True,
+        )
+
+    def transposed_matmul(
+        self,
+        values: Float[Tensor, " entries"],
+        samples: Float[Tensor, "batch width"],
+        accumulate_into: Float[Tensor, "d_dict width"] | None = None,
+    ) -> Float[Tensor, "d_dict width"]:
+        """``S.T @ samples``: for each feature the weighted sum over the samples it fires in."""
+        starts, sample, order = self._by_feature
+        transposed = _csr(starts, sample, values[order], (self.d_dict, self.batch))
+        if accumulate_into is not None:
+            return accumulate_into.addmm_(transposed, samples)
+        return transposed @ samples
+
+    def sampled_product(
+        self, samples: Float[Tensor, "batch width"], rows: Float[Tensor, "d_dict width"]
+    ) -> Float[Tensor, " entries"]:
+        """``samples @ rows.T`` at the stored entries only."""
+        zeros = samples.new_zeros(self.feature.numel())
+        stored = _csr(self.starts, self.feature, zeros, (self.batch, self.d_dict))
+        return torch.sparse.sampled_addmm(stored, samples, rows.t(), beta=0.0).values()
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+with warnings.catch_warnings():  # PyTorch announces once per process that this format is in beta
+    warnings.simplefilter("ignore")
+    _csr(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1.0]), (1, 1))
+
+
+def top_k(preactivations: Float[Tensor, "batch d_dict"], k: int) -> Pattern:
+    """The ``k`` largest pre-activations of each sample."""
+    batch, d_dict = preactivations.shape
+    feature = preactivations.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    starts = torch.arange(0, batch * k + 1, k, device=feature.device)
+    return Pattern(starts, feature.flatten(), d_dict)
+
+
+def batch_top_k(preactivations: Float[Tensor, "batch d_dict"], k: int) -> Pattern:
+    """The ``k * batch`` largest pre-activations of the batch (BatchTopK, arXiv 2412.06410)."""
+    batch, d_dict = preactivations.shape
+    flat = preactivations.flatten().topk(k * batch, sorted=False).indices.sort().values
+    return _from_flat(flat, batch, d_dict)
+
+
+def above(preactivations: Float[Tensor, "batch d_dict"], threshold: float) -> Pattern:
+    """All pre-activations above a threshold: how a trained BatchTopK dictionary is used."""
+    flat = (preactivations.flatten() > threshold).nonzero().squeeze(-1)
+    return _from_flat(flat, *preactivations.shape)
+
+
+def _from_flat(flat: Int64[Tensor, " entries"], batch: int, d_dict: int) -> Pattern:
+    row_edges = torch.arange(0, (batch + 1) * d_dict, d_dict, device=flat.device)
+    return Pattern(torch.searchsorted(flat, row_edges), flat % d_dict, d_dict)
+
+
+def sparse_encode(
+    x: Float[Tensor, "batch width"],
+    W_enc: Float[Tensor, "d_dict width"],
+    b_enc: Float[Tensor, " d_dict"],
+    preactivations: Float[Tensor, "batch d_dict"],
+    pattern: Pattern,
+    accumulate_into: Tensor | None = None,
+) -> Float[Tensor, " entries"]:
+    """The pre-activations at ``pattern``, differentiable in ``x``, ``W_enc`` and ``b_enc``.
+
+    ``preactivations`` must be ``x @ W_enc.T + b_enc``; it was needed to choose the pattern, so it
+    is not computed twice.
+    """
+    return _Encode.apply(x, W_enc, b_enc, preactivations.detach(), pattern, accumulate_into)
+
+
+def sparse_decode(
+    values: Float[Tensor, " entries"],
+    W_dec: Float[Tensor, "d_dict width"],
+    pattern: Pattern,
+    accumulate_into: Tensor | None = None,
+) -> Float[Tensor, "batch width"]:
+    """``S @ W_dec``, differentiable with respect to ``values`` and ``W_dec``."""
+    return _Decode.apply(values, W_dec, pattern, accumulate_into)
+
+
+def summed_row_norms(
+    rows: Float[Tensor, "d_dict width"],
+    features: slice,
+    n_models: int,
+    accumulate_into: Tensor | None = None,
+) -> Float[Tensor, " features"]:
+    """``sum_m ||W_dec[i, m]||`` for a slice of features; the gradient of a zero row is zero."""
+    return _SummedRowNorms.apply(rows, features, n_models, accumulate_into)
+
+
+class _Encode(Function):
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, preactivations, pattern, accumulate_into):
+        ctx.save_for_backward(x, W_enc)
+        ctx.pattern, ctx.accumulate_into = pattern, accumulate_into
+        return preactivations[pattern.sample, pattern.feature]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, W_enc = ctx.saved_tensors
+        grad_x = ctx.pattern.matmul(grad, W_enc) if ctx.needs_input_grad[0] else None
+        grad_W = _weight_gradient(ctx, grad, x, needed=ctx.needs_input_grad[1])
+        grad_b = grad.new_zeros(ctx.pattern.d_dict).index_add_(0, ctx.pattern.feature, grad)
+        return grad_x, grad_W, grad_b, None, None, None
+
+
+class _Decode(Function):
+    @staticmethod
+    def forward(ctx, values, W_dec, pattern, accumulate_into):
+        ctx.save_for_backward(values, W_dec)
+        ctx.pattern, ctx.accumulate_into = pattern, accumulate_into
+        return pattern.matmul(values, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_values = ctx.pattern.sampled_product(grad, W_dec) if ctx.needs_input_grad[0] else None
+        grad_W = _weight_gradient(ctx, values, grad, needed=ctx.needs_input_grad[1])
+        return grad_values, grad_W, None, None
+
+
+def _weight_gradient(ctx, values: Tensor, samples: Tensor, needed: bool) -> Tensor | None:
+    if ctx.accumulate_into is not None:
+        ctx.pattern.transposed_matmul(values, samples, ctx.accumulate_into)
+        return None
+    return ctx.pattern.transposed_matmul(values, samples) if needed else None
+
+
+class _SummedRowNorms(Function):
+    @staticmethod
+    def forward(ctx, rows, features, n_models, accumulate_into):
+        per_model = rows[features].unflatten(-1, (n_models, -1))
+        norms = per_model.norm(dim=-1)
+        ctx.save_for_backward(rows, norms)
+        ctx.features, ctx.accumulate_into = features, accumulate_into
+        return norms.sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, norms = ctx.saved_tensors
+        per_model = rows[ctx.features].unflatten(-1, (norms.shape[-1], -1))
+        scale = torch.where(norms > 0, grad[:, None] / norms, 0.0)
+        grad_rows = (per_model * scale[..., None]).flatten(-2)
+        if ctx.accumulate_into is not None:
+            ctx.accumulate_into[ctx.features] += grad_rows
+            return None, None, None, None
+        full = torch.zeros_like(rows)
+        full[ctx.features] = grad_rows
+        return full, None, None, None

@@ -1,0 +1,71 @@
+"""Where everything is. All paths are absolute, so a notebook works from any current directory.
+
+=============  =============================================================================
+``ROOT``       the compendium: this checkout (``DFC_ROOT`` overrides, for an installed copy)
+``NOTEBOOKS``  the numbered notebooks, committed as executed at the published profile
+``DATA``       what is committed as input; ``PAIR`` is the embedded model pair in it
+``FIGURES``    PNG + PDF + CSV of every figure and ``manifest.json``, committed
+``BUILD``      generated intermediates, one folder per profile; safe to delete (see ``build_root``)
+=============  =============================================================================
+"""
+
+import os
+import threading
+from pathlib import Path
+
+ROOT = Path(os.environ.get("DFC_ROOT") or Path(__file__).parents[1]).resolve()
+NOTEBOOKS = ROOT / "notebooks"
+DATA = ROOT / "data"
+PAIR = DATA / "pair"
+FIGURES = ROOT / "figures"
+BUILD = ROOT / "build"
+
+
+class BuildFolderError(OSError):
+    """The build folder cannot be created or written to."""
+
+
+def build_root() -> Path:
+    """The root of what is generated: ``DFC_BUILD``, read at every call, if set, else ``BUILD``."""
+    return Path(os.environ.get("DFC_BUILD") or BUILD).expanduser().resolve()
+
+
+def build(profile_name: str, *parts: str) -> Path:
+    """The absolute path ``<build root>/<profile_name>/<parts...>``.
+
+    The profile's folder is created, what lies below it is the caller's to make.
+
+    Raises:
+        BuildFolderError: the folder cannot be created or is not writable.
+    """
+    folder = build_root() / profile_name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or str(error)) from error
+    if not writable:
+        raise _unwritable(folder, "no write permission")
+    return folder.joinpath(*parts)
+
+
+def _unwritable(folder: Path, why: str) -> BuildFolderError:
+    return BuildFolderError(
+        f"cannot write to the build folder {folder} ({why}). Make it writable, or set the "
+        "environment variable DFC_BUILD to a folder that is: DFC_BUILD=~/dfc-build make figures"
+    )
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write ``content`` (text as UTF-8, newlines as given); ``path`` is never seen half written.
+
+    Folders on the way are created; two writers at once leave one complete file, never a mixture.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because os.replace is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""What a profile sets: how much of everything a run uses, and on which pair of models.
+
+``smoke``  minutes for everything: tiny budgets through the same code; its numbers mean nothing
+``toy``    the default and the published figures: the embedded pair on a two-core CPU
+``qwen``   Qwen2.5-3B before and after ToolRL, from the Hugging Face hub, on one GPU
+
+A notebook asks for ``profile = profiles.load(PROFILE)`` and passes fields on; code never compares
+names.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dfc_lib import paths
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One run's settings."""
+
+    name: str
+    published: bool  # True for the one profile whose executed notebooks and figures are committed
+    pair: str | None  # folder with both models, relative to the compendium; None: from the hub
+    model_a: str  # the tuned model A: a folder inside `pair`, or a hub name
+    model_b: str  # the base model B, likewise
+    others: tuple[tuple[str, str], ...]  # further models of the family, by name
+    layer: int  # the site: the residual stream after this layer, counted from 0
+    n_crosscoder_texts: int  # tool prompts, and as many neutral texts, it is trained on
+    n_all_token_texts: int  # of these, how many of each are cached at every token
+    n_neutral_texts: int  # neutral texts held against the tool prompts when features are ranked
+    n_ranking: int  # prompts of the ranking split (features are ordered on these)
+    n_selection: int  # prompts of the selection split (the best cell is chosen on these)
+    n_evaluation: int  # prompts of the evaluation split (every reported rate is on these)
+    n_steering: int  # of these, with a gold call, how many a grid of interventions runs on
+    dict_size: int  # crosscoder features D, all blocks together
+    k: int  # features kept active per vector by TopK
+    exclusive_share: float  # share of D given to each model's exclusive block
+    steps: int  # optimiser steps of one crosscoder
+    batch_size: int  # activation vectors (rows with all models' streams) per step
+    learning_rate: float  # Adam's, at its peak
+    seeds: tuple[int, ...]  # crosscoder seeds wherever a claim rests on one crosscoder
+    n_random_directions: int  # norm-matched random directions per control
+    n_bootstrap: int  # bootstrap resamples per interval
+    batch_generation: int  # prompts generated for at once
+    dtype: str  # in which the models are run: a torch dtype by name
+    device: str  # "cpu", "cuda" or "mps"
+
+    @property
+    def family(self) -> dict[str, str]:
+        """Every model by name: ``base`` (B) first, ``A`` last."""
+        return {"base": self.model_b, **dict(self.others), "A": self.model_a}
+
+    def location(self, model: str) -> Path | str:
+        """The folder of a model of the embedded pair, or its hub name."""
+        return paths.ROOT / self.pair / model if self.pair else model
+
+    def checkpoints(self, run: str) -> dict[int, Path | str]:
+        """Step -> checkpoint of a training run (``"rl"``, ``"sft"``); step 0 is the base."""
+        found = sorted((paths.ROOT / self.pair / run).glob("step_*")) if self.pair else []
+        return {0: self.location(self.model_b)} | {int(p.name[5:]): p for p in found}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exclusive_share < 0.5:
+            raise ValueError(
+                f"profile {self.name}: exclusive_share is {self.exclusive_share}; each of the two "
+                "models gets this share of the dictionary: it must be at least 0 and below 0.5"
+            )
+        if not 0 < self.k <= self.dict_size:
+            raise ValueError(
+                f"profile {self.name}: k = {self.k} must lie in 1 .. dict_size = {self.dict_size}"
+            )
+
+
+_TOY = Profile(
+    name="toy",
+    published=True,
+    pair="data/pair",
+    model_a="rl/step_0048",
+    model_b="base",
+    others=(("SFT", "sft/step_0160"), ("RL", "rl/step_0096")),
+    layer=2,
+    n_crosscoder_texts=4_000,
+    n_all_token_texts=1_000,
+    n_neutral_texts=1_000,
+    n_ranking=800,
+    n_selection=400,
+    n_evaluation=700,
+    n_steering=200,
+    dict_size=1_024,
+    k=16,
+    exclusive_share=0.10,
+    steps=1_500,
+    batch_size=512,
+    learning_rate=1e-3,
+    seeds=(0, 1, 2),
+    n_random_directions=100,
+    n_bootstrap=2_000,
+    batch_generation=128,
+    dtype="float32",
+    device="cpu",
+)
+
+PROFILES: dict[str, Profile] = {
+    "smoke": replace(
+        _TOY,
+        name="smoke",
+        published=False,
+        n_crosscoder_texts=256,
+        n_all_token_texts=64,
+        n_neutral_texts=64,
+        n_ranking=48,
+        n_selection=24,
+        n_evaluation=32,
+        n_steering=16,
+        dict_size=128,
+        k=8,
+        steps=60,
+        batch_size=128,
+        seeds=(0, 1),
+        n_random_directions=4,
+        n_bootstrap=200,
+        batch_generation=32,
+    ),
+    "toy": _TOY,
+    # From the first study's sweep (arXiv 2606.26474): D = 8192, k = 90, Adam 1e-4, 9000 steps.
+    "qwen": replace(
+        _TOY,
+        name="qwen",
+        published=False,
+        pair=None,
+        model_a="chengq9/ToolRL-Qwen2.5-3B",
+        model_b="Qwen/Qwen2.5-3B",
+        others=(),
+        layer=13,
+        n_crosscoder_texts=40_000,
+        n_all_token_texts=4_000,
+        n_neutral_texts=2_000,
+        dict_size=8_192,
+        k=90,
+        steps=9_000,
+        batch_size=1_024,
+        learning_rate=1e-4,
+        batch_generation=32,
+        dtype="bfloat16",
+        device="cuda",
+    ),
+}
+
+
+def get(name: str) -> Profile:
+    """The profile called ``name``.
+
+    Raises:
+        ValueError: no profile has that name; the message lists those that exist.
+    """
+    if name not in PROFILES:
+        raise ValueError(
+            f"unknown profile {name!r}; choose one of: {', '.join(PROFILES)} (it is set by PROFILE "
+            "in the notebook, PROFILE= of make, or the environment variable DFC_PROFILE)"
+        )
+    return PROFILES[name]
+
+
+def load(name: str) -> Profile:
+    """As :func:`get`, unless the environment variable ``DFC_PROFILE`` names another profile.
+
+    The variable wins because a notebook names its profile in a literal and is executed at several.
+    """
+    return get(os.environ.get("DFC_PROFILE") or name)

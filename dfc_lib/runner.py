@@ -1,0 +1,604 @@
+"""Executes the notebooks that need it, and only those: the small program behind ``make``.
+
+    python -m dfc_lib.runner run     what is stale, in order; --notebook 05, --profile smoke,
+                                     -p NAME=VALUE, --output DIR, --force
+    python -m dfc_lib.runner status  which notebooks and figures are stale, and why
+    python -m dfc_lib.runner check   the whole sequence through nbval; --lax compares marked cells
+
+A notebook is *fresh* while its key (see :mod:`dfc_lib.freshness`) and everything it wrote last time
+are unchanged. Nothing good is replaced before a run has succeeded: the notebook is executed to
+``<name>.partial.ipynb``, its figures are collected in a staging folder, and both move to their
+places at the end: ``notebooks/`` and ``figures/`` at the published profile, ``build/<profile>/`` at
+the others.
+
+Papermill and the like are imported where they are used, so finding nothing to do is quick.
+"""
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from dfc_lib import paths, profiles
+from dfc_lib.figures import read_manifest, write_manifest
+from dfc_lib.freshness import (
+    CompendiumError,
+    Contents,
+    Keys,
+    Notebook,
+    digest,
+    load_notebooks,
+    select,
+    with_needs,
+)
+
+MAX_NOTEBOOK_BYTES = 1_000_000
+
+
+@dataclass
+class Project:
+    """A compendium at one profile: where things go, and which notebooks are fresh."""
+
+    root: Path
+    profile: profiles.Profile
+    output: Path | None = None  # a folder for results, instead of the profile's own places
+
+    @cached_property
+    def build(self) -> Path:
+        if self.root == paths.ROOT or os.environ.get("DFC_BUILD"):
+            return paths.build(self.profile.name)
+        return self.root / "build" / self.profile.name
+
+    @property
+    def results(self) -> Path:
+        """Where state and partial notebooks are, and finished ones unless they are published."""
+        return self.output or self.build
+
+    @property
+    def published(self) -> bool:
+        return self.profile.published and not self.output
+
+    @property
+    def figures(self) -> Path:
+        return (self.root if self.published else self.results) / "figures"
+
+    def executed(self, name: str) -> Path:
+        """Where the executed notebook goes: over its own source if it is published."""
+        return (self.root if self.published else self.results) / "notebooks" / f"{name}.ipynb"
+
+    def partial(self, name: str) -> Path:
+        return self.results / "notebooks" / f"{name}.partial.ipynb"
+
+    @cached_property
+    def notebooks(self) -> dict[str, Notebook]:
+        return load_notebooks(self.root)
+
+    @cached_property
+    def contents(self) -> Contents:
+        return Contents(self.build / "state" / "contents.json")
+
+    @cached_property
+    def keys(self) -> Keys:
+        return Keys(self.root, self.profile.name, self.contents, self.notebooks)
+
+    def state_file(self, name: str) -> Path:
+        return self.results / "state" / f"{name}.json"
+
+    def state(self, name: str) -> dict | None:
+        """What the last successful run recorded, None if there was none."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.state_file(name).read_text(encoding="utf-8"))
+        return None
+
+    def why_stale(self, name: str, overrides: dict[str, Any] | None = None) -> str | None:
+        """The first reason why the notebook must run, None when it is fresh."""
+        state = self.state(name)
+        if state is None:
+            return "never run here"
+        now, before = self.keys.parts(name, overrides), state["parts"]
+        if changed := [part for part in {**before, **now} if now.get(part) != before.get(part)]:
+            return f"changed: {', '.join(changed[:3])}" + (" ..." if len(changed) > 3 else "")
+        executed = self.executed(name)
+        if not executed.exists():
+            return f"missing: {executed.name}"
+        if _outputs_digest(executed.read_text(encoding="utf-8")) != state["outputs_sha256"]:
+            return "altered: its stored outputs"
+        for file, sha256 in state["files"].items():
+            path = self.figures / file
+            if not path.exists() or self.contents.file(path) != sha256:
+                return f"{'altered' if path.exists() else 'missing'}: {file}"
+        for item in self.notebooks[name].declared("outputs"):
+            if not (self.build / item).exists():
+                return f"missing: {item} in the build folder"
+        return None
+
+    def kernel_environment(self, **extra: str) -> contextlib.AbstractContextManager[None]:
+        """The environment that kernels start in, for as long as the context lasts."""
+        on_path = [str(self.root), os.environ.get("PYTHONPATH", "")]
+        return _environment(
+            DFC_ROOT=str(self.root),
+            DFC_PROFILE=self.profile.name,
+            PYTHONPATH=os.pathsep.join(filter(None, on_path)),
+            PYTHONHASHSEED="0",
+            SOURCE_DATE_EPOCH="1767225600",  # 2026-01-01, should anything want to write a date
+            TOKENIZERS_PARALLELISM="false",  # forked workers otherwise warn into the notebook
+            MPLBACKEND="module://matplotlib_inline.backend_inline",
+            JUPYTER_PREFER_ENV_PATH="1",  # a kernel in the home folder must not shadow this one
+            PYDEVD_DISABLE_FILE_VALIDATION="1",  # silences a debugger's notice at kernel start
+            **extra,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Executing one notebook
+
+
+def execute(project: Project, name: str, overrides: dict[str, Any] | None = None) -> dict:
+    """Execute one notebook and, once it has succeeded, put it and its figures in their places.
+
+    Returns:
+        What is recorded: ``key, parts, outputs_sha256, files`` (sha256 by name) and ``seconds``.
+
+    Raises:
+        CompendiumError: an input is missing, a cell raised, the kernel died, or an output shows a
+            path of this machine although the notebook is to be committed.
+    """
+    try:
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+        from papermill.exceptions import PapermillExecutionError
+    except ImportError as error:
+        raise CompendiumError(
+            f"{error.name} is not installed for {sys.executable}; run: make setup"
+        ) from error
+
+    notebook = project.notebooks[name]
+    for item in notebook.declared("inputs"):
+        if not (project.root / item).exists():
+            raise CompendiumError(f"{name} reads {item}, which is missing; git checkout -- {item}")
+    # Taken before the run: what is edited meanwhile must count as changed, not as what ran.
+    parts, key = project.keys.parts(name, overrides), project.keys.key(name, overrides)
+    partial, staging = project.partial(name), project.results / "staging" / name
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    figures = {"DFC_FIGURES": str(project.figures), "DFC_STAGING": str(staging)}
+    started = time.perf_counter()
+    try:
+        with project.kernel_environment(DFC_NOTEBOOK=name, DFC_CODE_HASH=key, **figures):
+            papermill.execute_notebook(
+                str(notebook.path),
+                str(partial),
+                parameters=overrides or None,
+                kernel_name="python3",
+                cwd=str(notebook.path.parent),
+                progress_bar=sys.stderr.isatty(),
+                extra_arguments=["--log-level=ERROR"],  # no notice about local sockets per kernel
+            )
+    except PapermillExecutionError as error:
+        where = f"{name} failed in cell [{error.exec_count}]"
+        raise _failure(where, error.source, "\n".join(error.traceback), partial) from None
+    except DeadKernelError:
+        where = f"{name}: the kernel died (out of memory?) in the cell"
+        raise _failure(where, _last_started(partial), "", partial) from None
+    seconds = round(time.perf_counter() - started, 1)
+
+    text = _settle(project, notebook, partial, keep_injected=bool(overrides))
+    files = _publish_figures(project, name, staging)
+    paths.write_atomically(project.executed(name), text)
+    partial.unlink()
+    state = {
+        "key": key,
+        "parts": parts,
+        "outputs_sha256": _outputs_digest(text),
+        "files": files,
+        "seconds": seconds,
+    }
+    paths.write_atomically(project.state_file(name), json.dumps(state, indent=1) + "\n")
+    return state
+
+
+def _settle(project: Project, notebook: Notebook, partial: Path, *, keep_injected: bool) -> str:
+    """The executed notebook as it is kept: the source's cells with normalised outputs."""
+    import nbformat
+    from nbstripout import strip_output
+
+    settled = executed = nbformat.read(partial, as_version=nbformat.NO_CONVERT)
+    if not keep_injected:
+        # Outputs go into the source as it is now: prose edited during a long run is not lost.
+        settled = nbformat.read(notebook.path, as_version=nbformat.NO_CONVERT)
+        sources = [cell for cell in settled.cells if cell.cell_type == "code"]
+        ran = [cell for cell in executed.cells if cell.cell_type == "code"]
+        if [cell.source for cell in sources] != [cell.source for cell in ran]:
+            raise CompendiumError(
+                f"{notebook.path} was edited while it ran, so its results are not kept; they are "
+                f"in {partial}. Run it again"
+            )
+        for cell, result in zip(sources, ran, strict=True):
+            cell.outputs, cell.execution_count = result.outputs, result.execution_count
+    for cell in settled.cells:
+        if cell.cell_type == "code":
+            cell.outputs = _without_progress_bars(cell.outputs)
+    about_this_run = ["metadata.papermill", "cell.metadata.papermill", "cell.metadata.execution"]
+    settled = strip_output(
+        settled, keep_output=True, keep_count=True, keep_id=True, extra_keys=about_this_run
+    )
+    text = nbformat.writes(settled, version=nbformat.NO_CONVERT).rstrip("\n") + "\n"
+    if leak := _machine_path(project.root, settled):
+        message = f"an output of {notebook.name} shows a path of this machine: {leak}"
+        if project.published:
+            raise CompendiumError(
+                f"{message}\nIt is not committed so. Print paths relative to the compendium, or "
+                f"silence the warning; the executed notebook is {partial}"
+            )
+        print(f"    note: {message}")
+    if len(text) > MAX_NOTEBOOK_BYTES:
+        print(f"    note: {notebook.name} has {len(text) / 1e6:.1f} MB; 1 MB is the limit")
+    return text
+
+
+def _without_progress_bars(outputs: list) -> list:
+    """A progress bar is for whoever waits; its timings would differ at every run."""
+    bar = re.compile(r"\d+%\||\d+[a-z]*(/\?)? \[\d+:\d\d")
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream" and output.name == "stderr":
+            lines = (line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
+            lines = [f"{line}\n" for line in lines if line.strip() and not bar.search(line)]
+            output.text = "".join(lines)
+            if not lines:
+                continue
+        kept.append(output)
+    return kept
+
+
+def _machine_path(root: Path, notebook: dict) -> str | None:
+    """The first line of output with a path of the checkout, environment, home or a kernel."""
+    folders = {str(root), sys.prefix, str(Path.home())} - {"/"}
+    alternatives = [rf"(?<![\w.-]){re.escape(folder)}(?![\w-])" for folder in folders]
+    pattern = re.compile("|".join([*alternatives, r"ipykernel_\d+"]))
+    for cell in notebook["cells"]:
+        lines = (line for text in _texts(cell.get("outputs", [])) for line in text.splitlines())
+        if found := next(filter(pattern.search, lines), None):
+            return found.strip()[:200]
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in a cell's outputs; pictures left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not key.startswith(("image/", "application/pdf")):
+                yield from _texts(item)
+
+
+def _publish_figures(project: Project, name: str, staging: Path) -> dict[str, str]:
+    """Move staged figures into place; what the notebook wrote once and no longer does, goes.
+
+    Returns:
+        The sha256 of each file by its name.
+    """
+    new = read_manifest(staging)
+    old = read_manifest(project.figures)
+    files = [file for row in new for file in row["files"]]
+    for file in files:  # copied, not renamed: the build folder may be on another disk
+        paths.write_atomically(project.figures / file, (staging / file).read_bytes())
+    kept = [row for row in old if row["notebook"] != name]
+    if new or kept != old:
+        write_manifest(project.figures, [*kept, *new])
+    gone = {file for row in old if row["notebook"] == name for file in row["files"]} - set(files)
+    for file in sorted(gone):
+        (project.figures / file).unlink(missing_ok=True)
+        print(f"    removed {file}: {name} no longer writes it")
+    shutil.rmtree(staging)
+    return {file: project.contents.file(project.figures / file) for file in files}
+
+
+def _failure(where: str, source: str, traceback: str, partial: Path) -> CompendiumError:
+    if not sys.stderr.isatty():
+        traceback = re.sub(r"\x1b\[[0-9;]*m", "", traceback)
+    cell = "\n".join(f"    {line}" for line in source.splitlines())
+    return CompendiumError(
+        f"{where}\n\n{cell}\n\n{traceback}\n\n"
+        f"All until there is in {partial}; no good result was replaced."
+    )
+
+
+def _last_started(partial: Path) -> str:
+    """The source of the last cell that papermill began."""
+    cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    started = [cell for cell in code if cell["metadata"]["papermill"]["status"] != "pending"]
+    return "".join(started[-1]["source"]) if started else "(none was started)"
+
+
+def _outputs_digest(text: str) -> str:
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return digest([cell.get("execution_count"), cell.get("outputs")] for cell in cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# The three commands
+
+
+def run(
+    project: Project,
+    wanted: Iterable[str] = (),
+    overrides: dict[str, Any] | None = None,
+    *,
+    force: bool = False,
+) -> list[str]:
+    """Execute what is stale among ``wanted`` (default: all) and what those need.
+
+    ``overrides`` and ``project.output`` apply to the wanted notebooks alone.
+
+    Returns:
+        The names of the notebooks that were executed.
+
+    Raises:
+        CompendiumError: as :func:`execute`; or an unknown parameter, or another run in progress.
+    """
+    notebooks = _some_notebooks(project)
+    targets = select(notebooks, wanted) or list(notebooks)
+    if (overrides or project.output) and not wanted:
+        raise CompendiumError("parameters and an output folder go with a notebook: --notebook 05")
+    if overrides and project.published:
+        raise CompendiumError(
+            "the committed notebooks keep their own parameters: name a folder with --output DIR, "
+            "another profile, or edit the cell tagged 'parameters'"
+        )
+    for name in targets:
+        check_overrides(notebooks[name], overrides or {})
+    as_it_stands = Project(project.root, project.profile)
+    order = with_needs(notebooks, targets)
+    executed: list[str] = []
+    started = time.perf_counter()
+    with _lock(project):
+        for number, name in enumerate(order, 1):
+            place, values = (project, overrides) if name in targets else (as_it_stands, None)
+            why = place.why_stale(name, values)
+            if force and name in targets:
+                why = why or "forced"
+            if why is None:
+                continue
+            print(f"[{number}/{len(order)}] {name} ({why})", flush=True)
+            state = execute(place, name, values)
+            executed.append(name)
+            figures = ", ".join(sorted({Path(file).stem for file in state["files"]}))
+            print(f"    {state['seconds']:.0f} s, figures: {figures or 'none'}", flush=True)
+        as_it_stands.contents.save() if project.output else project.contents.save()
+    print(
+        f"profile {project.profile.name}: {len(executed)} run, {len(order) - len(executed)} "
+        f"already fresh, {time.perf_counter() - started:.1f} s"
+    )
+    return executed
+
+
+def check_overrides(notebook: Notebook, overrides: dict[str, Any]) -> None:
+    """Papermill only warns of a parameter that does not exist; here it is an error.
+
+    Raises:
+        CompendiumError: a name is not assigned a literal in the cell tagged ``parameters``, or its
+            new value is of another type.
+    """
+    known = notebook.parameters
+    for name, value in overrides.items():
+        if name not in known or name == "PROFILE":
+            raise CompendiumError(
+                f"{notebook.name} has no parameter {name!r} to override; it has: "
+                f"{', '.join(sorted(set(known) - {'PROFILE'})) or 'none'} (and see --profile)"
+            )
+        old, new = type(known[name]), type(value)
+        if known[name] is not None and new is not old and (old, new) != (float, int):
+            raise CompendiumError(
+                f"{notebook.name}: {name} is {known[name]!r}; {value!r} is of another type"
+            )
+
+
+def status(project: Project) -> str:
+    """A table of the notebooks (fresh or not, and why) and one of the figures."""
+    rows = read_manifest(project.figures)
+    lines = [f"{'profile ' + project.profile.name:28}{'':8}{'seconds':>8}  why"]
+    stale: dict[str, bool] = {}
+    for name in project.notebooks:
+        state, why = project.state(name), project.why_stale(name)
+        stale[name] = why is not None
+        mine = [row["code_hash"] for row in rows if row["notebook"] == name]
+        if state is None and mine and set(mine) == {project.keys.key(name)}:
+            why = "never run here; the committed figures come from this very code"
+        condition = "fresh" if why is None else "stale" if state else "new"
+        seconds = f"{state['seconds']:.0f}" if state else "-"
+        lines.append(f"{name:28}{condition:8}{seconds:>8}  {why or ''}".rstrip())
+    lines += ["", f"{'figure or table':36}{'age':>8}  from"]
+    for row in rows:
+        files = [project.figures / file for file in row["files"]]
+        if all(file.exists() for file in files):
+            age = _age(max(file.stat().st_mtime for file in files))
+            condition = "stale" if stale.get(row["notebook"]) else "fresh"
+        else:
+            age, condition = "-", "missing"
+        if row["notebook"] not in stale:
+            condition = "orphan: there is no such notebook"
+        lines.append(f"{row['id']:36}{age:>8}  {row['notebook']} ({condition})")
+    project.contents.save()
+    return "\n".join(lines if rows else [*lines, "none yet; make figures"])
+
+
+def check(
+    project: Project,
+    wanted: Iterable[str] = (),
+    *,
+    lax: bool = True,
+    timeout: float = 7200,
+    cell_timeout: float = 1800,
+) -> int:
+    """Execute the notebooks in order through nbval, in one pytest process; returns its exit status.
+
+    Cells marked ``# NBVAL_CHECK_OUTPUT`` are compared with their stored output at every profile,
+    those marked ``# REGRESS`` at the published one (``conftest.py``), without ``lax`` all others
+    too. Figures go to ``build/<profile>/check/figures``; times are in seconds.
+
+    Raises:
+        CompendiumError: there is no notebook, another run is in progress, or time is up.
+    """
+    notebooks = _some_notebooks(project)
+    targets = with_needs(notebooks, select(notebooks, wanted) or notebooks)
+    figures = project.build / "check" / "figures"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"--rootdir={project.root}", "--nbval-lax" if lax else "--nbval"]
+    command += ["--nbval-current-env", f"--nbval-cell-timeout={cell_timeout:g}", "--durations=5"]
+    command += [str(notebooks[name].path) for name in targets]
+    with _lock(project), project.kernel_environment(DFC_FIGURES=str(figures)):
+        shutil.rmtree(figures, ignore_errors=True)
+        try:
+            code = subprocess.run(
+                command, cwd=project.root, timeout=timeout, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise CompendiumError(f"not done after {timeout:g} s; see --timeout") from None
+    if project.published:
+        made = sorted(figures.glob("*.csv"))
+        differing = [f for f in made if not _same(f, project.figures / f.name)]
+        print(f"{len(made) - len(differing)} of {len(made)} CSVs are byte-identical to figures/")
+        print("".join(f"    differs: {file}\n" for file in differing), end="")
+    return code
+
+
+def _some_notebooks(project: Project) -> dict[str, Notebook]:
+    if not project.notebooks:
+        raise CompendiumError(f"no numbered notebooks in {project.root / 'notebooks'}")
+    return project.notebooks
+
+
+def _same(a: Path, b: Path) -> bool:
+    return b.exists() and a.read_bytes() == b.read_bytes()
+
+
+def _age(moment: float) -> str:
+    seconds = time.time() - moment
+    units = (("d", 86400), ("h", 3600), ("min", 60))
+    return next((f"{seconds / n:.0f} {unit}" for unit, n in units if seconds >= n), "now")
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _lock(project: Project) -> Iterator[None]:
+    """One run per profile; the system frees the lock when its holder ends, however it ends."""
+    path = project.build / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as stream:
+        try:
+            _lock_file(stream)
+        except OSError:
+            stream.seek(0)
+            holder = stream.read().strip() or "holder unknown"
+            raise CompendiumError(
+                f"profile {project.profile.name} is being run already ({holder}); wait or stop it"
+            ) from None
+        stream.seek(0)
+        if left := stream.read().strip():
+            print(f"note: an earlier run ({left}) was cut off; taking over")
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} since {datetime.now():%Y-%m-%d %H:%M}")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def _lock_file(stream: IO) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        stream.seek(1 << 30)  # a locked byte cannot be read there, so lock one behind the text
+        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """``["ALPHA=4", "BLOCK=shared"]`` by name: a Python literal where it is one, else text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise CompendiumError(f"-p takes NAME=VALUE, not {pair!r}")
+        found[name] = text
+        with contextlib.suppress(ValueError, SyntaxError):
+            found[name] = ast.literal_eval(text)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dfc_lib.runner",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=["run", "status", "check"])
+    parser.add_argument("--profile", default=os.environ.get("DFC_PROFILE") or "toy")
+    parser.add_argument("--notebook", nargs="+", default=[], metavar="NB", help="default: all")
+    parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a folder for the results")
+    parser.add_argument("--force", action="store_true", help="run even what is fresh")
+    parser.add_argument("--lax", action="store_true", help="check: compare marked cells only")
+    parser.add_argument("--timeout", type=float, default=7200, help="check: seconds for it all")
+    parser.add_argument("--cell-timeout", type=float, default=1800, help="check: per cell")
+    parser.add_argument("--root", type=Path, default=paths.ROOT, help="another compendium")
+    options = parser.parse_args(arguments)
+    try:
+        output = options.output and options.output.resolve()
+        project = Project(options.root.resolve(), profiles.get(options.profile), output)
+        if options.command == "status":
+            print(status(project))
+        elif options.command == "check":
+            limits = {"timeout": options.timeout, "cell_timeout": options.cell_timeout}
+            return check(project, options.notebook, lax=options.lax, **limits)
+        else:
+            overrides = parse_overrides(options.overrides)
+            run(project, options.notebook, overrides, force=options.force)
+    except (CompendiumError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished notebooks are kept, the next run continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    # Being told to stop must close the kernel just as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

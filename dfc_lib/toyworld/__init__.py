@@ -1,0 +1,1 @@
+"""How the embedded pair is made: a generated world, its tokenizer, pretraining, SFT and GRPO."""

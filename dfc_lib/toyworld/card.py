@@ -1,0 +1,159 @@
+"""Export of the embedded pair to `data/pair/` and its data card, measured on the shipped bf16
+files.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from dfc_lib import evaluation, profiles, prompts, statistics
+from dfc_lib.pair import load_model, load_tokenizer, sha256
+from dfc_lib.toyworld import posttrain, pretrain
+
+# Prompt conditions: name -> (style, prefill, temperature)
+CONDITIONS = {
+    "fixed": (prompts.FIXED_STYLE, "", 0.0),
+    "fixed, T = 1": (prompts.FIXED_STYLE, "", 1.0),
+    "training": (prompts.TRAINING_STYLES[0], "", 0.0),
+    "training, T = 1": (prompts.TRAINING_STYLES[0], "", 1.0),
+    "eliciting": (prompts.ELICITING_STYLE, "", 0.0),
+    "prefilled": (prompts.FIXED_STYLE, "<think>\n", 0.0),
+}
+
+
+def export(work: Path, tokenizer, pair: Path) -> None:
+    """Write every shipped model as bf16: base, SFT and RL checkpoints, the last step of the further
+    RL seeds.
+    """
+    folders = {"base": work / "base"}
+    for name, source in (("sft", work / "sft"), ("rl", work / "rl_seed0")):
+        folders |= {f"{name}/{p.name}": p for p in sorted(source.glob("step_????"))}
+    for seed in (1, 2):
+        folders[f"rl_seed{seed}"] = sorted((work / f"rl_seed{seed}").glob("step_????"))[-1]
+    for name, source in tqdm(folders.items(), desc="export"):
+        posttrain.save_bf16(load_model(source), tokenizer, pair / name)
+    for name in ("sft", "rl_seed0", "rl_seed1", "rl_seed2"):
+        shutil.copy(work / name / "log.jsonl", pair / f"{name.replace('rl_seed0', 'rl')}_log.jsonl")
+    shutil.copy(work / "pretrain.jsonl", pair / "pretrain_log.jsonl")
+
+
+def model_folders(pair: Path) -> dict[str, Path]:
+    """Shipped model folders by name, in order of training."""
+    found = sorted(p.parent for p in pair.rglob("config.json"))
+    return {str(p.relative_to(pair)): p for p in found}
+
+
+def rates(frame: pd.DataFrame) -> list[dict]:
+    """Rates of one evaluation with Wilson intervals: rubrics where the gold has a call, irrelevance
+    elsewhere.
+    """
+    rows = []
+    for group, part in (("seen", frame[~frame.held_out]), ("held out", frame[frame.held_out])):
+        called = part[part.kind == "call"]
+        other = part[part.kind != "call"]
+        outcomes = {m: called[m] for m in ("called", "lenient", "strict", "strict_normalised")}
+        outcomes["irrelevance"] = 1 - other["called"]
+        for metric, values in outcomes.items():
+            if len(values):
+                k, n = int(values.sum()), len(values)
+                interval = statistics.wilson(k, n)
+                rows.append(
+                    {"tools": group, "metric": metric, "k": k, "n": n, "rate": k / n}
+                    | {"low": interval.low, "high": interval.high}
+                )
+    return rows
+
+
+def measure(pair: Path, data: Path) -> pd.DataFrame:
+    """Behaviour of every shipped model under every prompt condition on the evaluation split."""
+    records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
+    rows = []
+    folders = model_folders(pair)
+    for name, folder in tqdm(folders.items(), desc="measuring"):
+        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        for condition, (style, prefill, temperature) in CONDITIONS.items():
+            frame = evaluation.evaluate(
+                model, tokenizer, records, style, prefill=prefill, temperature=temperature
+            )
+            rows += [{"model": name, "condition": condition} | r for r in rates(frame)]
+    return pd.DataFrame(rows)
+
+
+def write(pair: Path, data: Path) -> None:
+    """Measure and write `behaviour.csv` and `README.md` into the pair's folder."""
+    table = measure(pair, data)
+    table.to_csv(pair / "behaviour.csv", index=False, float_format="%.4f", lineterminator="\n")
+    (pair / "README.md").write_text(text(pair, table), encoding="utf-8")
+
+
+def _lines(table: pd.DataFrame, models: list[str]) -> str:
+    chosen = table[
+        table.model.isin(models) & table.metric.isin(["lenient", "strict", "irrelevance"])
+    ]
+    lines = [
+        "| model | prompt | tools | metric | rate | 95 % CI (Wilson) | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.model} | {r.condition} | {r.tools} | {r.metric} | {r.rate:.1%} "
+        f"| {r.low:.1%} to {r.high:.1%} | {r.n} |"
+        for r in chosen.itertuples()
+    ]
+    return "\n".join(lines)
+
+
+def text(pair: Path, table: pd.DataFrame) -> str:
+    """The data card."""
+    folders = model_folders(pair)
+    base = folders["base"]
+    config = json.loads((base / "config.json").read_text())
+    parameters = sum(p.numel() for p in load_model(base).parameters())
+    finals = [
+        "base",
+        *[max((m for m in folders if m.startswith(f"{k}/")), key=str) for k in ("sft", "rl")],
+    ]
+    size = sum(f.stat().st_size for f in pair.rglob("*") if f.is_file()) / 1e6
+    weights = {n: f / "model.safetensors" for n, f in folders.items()}
+    models = "\n".join(
+        f"| `{n}` | {w.stat().st_size / 1e6:.1f} | `{sha256(w)[:16]}` |" for n, w in weights.items()
+    )
+    p, s, g = pretrain.PretrainConfig(), posttrain.SftConfig(), posttrain.GrpoConfig()
+    model_a = profiles.get("toy").model_a
+    return f"""# Data card: the embedded model pair
+
+One base model and what SFT and GRPO made of it, in Hugging Face layout (Qwen2 architecture, bf16
+safetensors). Made by `make pair` from generated text alone; no data from outside. Licence: as the
+repository.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| layers, width | {config["num_hidden_layers"]}, {config["hidden_size"]} |
+| heads, key/value heads | {config["num_attention_heads"]}, {config["num_key_value_heads"]} |
+| vocabulary | {config["vocab_size"]:,} byte-level BPE tokens |
+| pretraining | {p.steps:,} steps of {p.batch_size} x {p.row_length} tokens, Muon and AdamW |
+| SFT | TRL, {s.steps} steps of {s.batch_size}, learning rate {s.learning_rate:g} |
+| GRPO | TRL, {g.steps} steps of {g.n_prompts} prompts x {g.group_size} samples, temperature 1 |
+| | learning rate {g.learning_rate:g}, no KL term, ToolRL reward, three seeds |
+| size | {size:.0f} MB |
+
+`SHA256SUMS` covers every file. Model A of the notebooks is `{model_a}`, model B is `base`; the
+fixed prompt is the style `{prompts.FIXED_STYLE}`. Both were chosen on the selection split.
+
+## Measured behaviour
+
+On the evaluation split, on the files shipped here. `lenient`, `strict`: prompts whose gold has a
+call; `irrelevance`: no call where the gold has none. `behaviour.csv` has every model, prompt and
+metric.
+
+{_lines(table, [*finals, model_a])}
+
+## Files
+
+| folder | MB | sha256 of the weights (first 16 digits) |
+|---|---|---|
+{models}
+"""

@@ -1,0 +1,406 @@
+"""The engine against plain loops: same tokens, whatever the batch, lengths or interruptions."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from dfc_lib import generation as gen
+from dfc_lib import interventions as iv
+from dfc_lib.activations import residual
+from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
+from dfc_lib.interventions import Codec
+from dfc_lib.pair import Pair, PairError
+
+EOS, VOCAB, WIDTH = 3, 96, 64
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.3,  # wide, so that no two logits are nearly equal
+}
+
+
+def tiny(seed, kind=Qwen2ForCausalLM, config=Qwen2Config, **more):
+    torch.manual_seed(seed)
+    return kind(config(**(SIZES | more))).eval().requires_grad_(False)
+
+
+def make_pair(layer=1):
+    return Pair({"A": tiny(0), "B": tiny(1)}, None, layer)
+
+
+def make_prompts(n=12, seed=0):
+    draw = np.random.default_rng(seed)
+    lengths = [1, 2, *draw.integers(3, 30, n - 2)]
+    return [draw.integers(4, VOCAB, length).tolist() for length in lengths]
+
+
+def make_crosscoder(pair, prompts):
+    with torch.no_grad():
+        texts = [torch.tensor([p]) for p in prompts]
+        h = [
+            torch.stack([residual(m, pair.layer, ids)[0] for m in pair.models.values()], 1)
+            for ids in texts
+        ]
+    normaliser = Normaliser.fit(torch.cat(h))
+    return Crosscoder.create(WIDTH, Partition.dedicated(96, 0.2), 12, normaliser).requires_grad_(
+        False
+    )
+
+
+def make_grid(crosscoder):
+    """One cell at least of every kind of intervention."""
+    codec, own = Codec(crosscoder), Codec(crosscoder, encoding="own")
+    published = Codec(crosscoder, "published")
+    block = tuple(range(19))
+    steer = iv.Steer(codec, block, 4.0)
+    torch.manual_seed(5)
+    mean, difference = torch.randn(2, WIDTH) * 10
+    return {
+        "clean": iv.Clean(),
+        "reconstruction": iv.Reconstruction(codec),
+        "reconstruction, published": iv.Reconstruction(published),
+        "shared-only": iv.Reconstruction(codec, ("shared",)),
+        "exclusive-only": iv.Reconstruction(codec, ("A_exclusive",)),
+        "own encoding": iv.Reconstruction(own),
+        "plus error": iv.ReconstructionPlusError(codec),
+        "alpha=1": iv.Steer(codec, block, 1.0),
+        "alpha=4": steer,
+        "rows of B": iv.Steer(codec, tuple(range(19, 38)), 4.0, rows_of="B"),
+        "ablate": iv.ablate(codec, block),
+        "clamp": iv.Clamp(codec, block[:3], 20.0),
+        "before top-k": iv.ScaleBeforeTopK(codec, block, 3.0),
+        "mean patch": iv.Patch(mean),
+        "difference": iv.AddVector(difference, 2.0),
+        "other model": iv.OtherModel(1),
+        "random direction": iv.random_directions(steer, 1, WIDTH)[0],
+        "random features": iv.RandomFeatures(codec, "shared", steer, size=3),
+    }
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return make_pair()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return make_prompts()
+
+
+@pytest.fixture(scope="module")
+def grid(pair, prompts):
+    return make_grid(make_crosscoder(pair, prompts))
+
+
+def run(pair, prompts, grid, **kwargs):
+    return gen.generate(pair, "A", prompts, grid, **({"progress": False} | kwargs))
+
+
+@pytest.fixture(scope="module")
+def table(pair, prompts, grid):
+    return run(pair, prompts, grid, max_new_tokens=12)
+
+
+def same(a, b):
+    assert a["tokens"].tolist() == b["tokens"].tolist()
+    assert a[["prompt", "cell", "finished"]].equals(b[["prompt", "cell", "finished"]])
+    np.testing.assert_allclose(a["delta"], b["delta"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        np.stack(a["first_logprobs"]), np.stack(b["first_logprobs"]), rtol=1e-3, atol=1e-3
+    )
+
+
+def compare_with_reference(pair, prompts, grid, table, position, max_new_tokens):
+    for row in table.itertuples():
+        tokens, first = gen.generate_reference(
+            pair,
+            "A",
+            prompts[row.prompt],
+            grid[row.cell],
+            position=position,
+            max_new_tokens=max_new_tokens,
+        )
+        assert row.tokens == tokens, (row.prompt, row.cell, position)
+        np.testing.assert_allclose(row.first_logprobs, first.log_softmax(-1), rtol=1e-3, atol=1e-3)
+        assert row.finished == (len(tokens) < max_new_tokens)
+
+
+def test_engine_equals_the_plain_loop_at_the_last_token(pair, prompts, grid, table):
+    """The headline: every kind of intervention, >= 200 pairs, token for token."""
+    assert len(table) == len(prompts) * len(grid) >= 200
+    assert table["finished"].any()  # early stops are exercised
+    assert not table["finished"].all()
+    compare_with_reference(pair, prompts, grid, table, "last", 12)
+
+
+@pytest.mark.parametrize("position", ["every", "every_but_first"])
+def test_engine_equals_the_plain_loop_at_every_token(pair, prompts, grid, position):
+    """Here the intervention also acts on the tokens generated, through both models' streams."""
+    few = prompts[:5]
+    table = run(pair, few, grid, max_new_tokens=7, position=position, batch_size=40)
+    compare_with_reference(pair, few, grid, table, position, 7)
+
+
+def test_interventions_matter_and_no_ops_do_not(table):
+    """Equal outputs everywhere would also satisfy the tests above."""
+    by_cell = {cell: rows["tokens"].tolist() for cell, rows in table.groupby("cell")}
+    for cell in ("alpha=1", "plus error"):
+        assert by_cell[cell] == by_cell["clean"], cell
+    for cell in set(by_cell) - {"clean", "alpha=1", "plus error"}:
+        assert by_cell[cell] != by_cell["clean"], cell
+    assert len({str(tokens) for tokens in by_cell.values()}) >= len(by_cell) - 2
+    delta = table.groupby("cell")["delta"].mean()
+    assert delta["clean"] == delta["alpha=1"] == 0
+    assert delta["random direction"] == pytest.approx(delta["alpha=4"], rel=1e-4)
+
+
+def test_results_do_not_depend_on_the_batch(pair, prompts, grid, table):
+    same(run(pair, prompts, grid, max_new_tokens=12, batch_size=7), table)
+    backwards = run(pair, prompts[::-1], grid, max_new_tokens=12, batch_size=50)
+    assert backwards["tokens"].tolist()[-len(grid) :] == table["tokens"].tolist()[: len(grid)]
+
+
+def test_out_of_memory_backs_off(pair, prompts, grid, table, monkeypatch):
+    """Memory running out in the middle must cost time, not results."""
+    logits = gen._Stream.logits
+
+    def short_of_memory(self, hidden):
+        if len(hidden) > 20:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return logits(self, hidden)
+
+    monkeypatch.setattr(gen._Stream, "logits", short_of_memory)
+    with pytest.warns(UserWarning, match="out of memory: going on with batch_size="):
+        same(run(pair, prompts, grid, max_new_tokens=12, batch_size=100), table)
+
+
+def spy_on_work(monkeypatch):
+    """Count the (prompt, cell) pairs that are really generated."""
+    done, plain = [], gen._Grid.__call__
+
+    def counted(self, *args):
+        found = plain(self, *args)
+        done.append(len(found))
+        return found
+
+    monkeypatch.setattr(gen._Grid, "__call__", counted)
+    return done
+
+
+def test_finished_cells_are_not_redone(pair, prompts, grid, table, tmp_path, monkeypatch):
+    """A grid with more cells or prompts does only what is new, and a rerun nothing."""
+    done = spy_on_work(monkeypatch)
+    first = dict(list(grid.items())[:4])
+    run(pair, prompts[:6], first, max_new_tokens=12, out_dir=tmp_path)
+    assert sum(done) == 24
+    same(run(pair, prompts, grid, max_new_tokens=12, out_dir=tmp_path), table)
+    assert sum(done) == len(table)
+    again = run(pair, prompts, grid, max_new_tokens=12, out_dir=tmp_path)
+    assert sum(done) == len(table)
+    same(again, table)
+    assert again["tokens"].map(type).eq(list).all()
+
+
+def test_killed_grid_resumes(pair, prompts, grid, table, tmp_path, monkeypatch):
+    """kill -9 in the grid: finished chunks are kept, the result is that of an unbroken run."""
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from dfc_lib import generation as gen
+        from tests import test_generation as t
+        pair, prompts = t.make_pair(), t.make_prompts()
+        grid = t.make_grid(t.make_crosscoder(pair, prompts))
+        plain = gen._Grid.__call__
+        gen._Grid.__call__ = lambda *a: (time.sleep(0.5), plain(*a))[1]
+        t.run(pair, prompts, grid, max_new_tokens=12, batch_size=40, out_dir=sys.argv[1])
+        """
+    )
+    root, folder = Path(__file__).parents[1], tmp_path / "grid"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    while process.poll() is None and len(list(folder.glob("*.parquet"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    times = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+    done = spy_on_work(monkeypatch)
+    same(run(pair, prompts, grid, max_new_tokens=12, batch_size=40, out_dir=folder), table)
+    assert 0 < sum(done) < len(table)
+    assert times == {name: (folder / name).stat().st_mtime_ns for name in times}
+
+
+def test_folder_of_another_run_or_damaged_is_refused(pair, prompts, tmp_path):
+    clean = {"clean": iv.Clean()}
+    run(pair, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path)
+    with pytest.raises(gen.GenerationError, match="another max_new_tokens"):
+        run(pair, prompts[:2], clean, max_new_tokens=4, out_dir=tmp_path)
+    other = Pair({"A": tiny(7), "B": tiny(1)}, None, 1)
+    with pytest.raises(gen.GenerationError, match="another models"):
+        run(other, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path)
+    shard = next(tmp_path.glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(gen.GenerationError, match=rf"{shard.name}: damaged .* Delete this file"):
+        run(pair, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path)
+
+
+def test_readout_keeps_the_asked_for_tokens(pair, prompts, table):
+    got = run(pair, prompts, {"clean": iv.Clean()}, max_new_tokens=1, readout=[7, 3])
+    want = np.stack(table[table["cell"] == "clean"]["first_logprobs"])[:, [7, 3]]
+    np.testing.assert_allclose(np.stack(got["first_logprobs"]), want, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="readout"):
+        run(pair, prompts, {"clean": iv.Clean()}, readout=[VOCAB])
+
+
+def test_models_that_no_cell_reads_are_not_run(pair, prompts, grid):
+    """Running the base beside A would double the cost of steering with A's own vectors."""
+    ran = []
+    hook = pair.models["B"].model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    alone = {name: grid[name] for name in ("clean", "mean patch", "own encoding")}
+    for position in gen.POSITIONS:
+        run(pair, prompts[:3], alone, max_new_tokens=2, position=position)
+    assert not ran
+    run(pair, prompts[:3], {"other": grid["other model"]}, max_new_tokens=2)
+    assert ran
+    hook.remove()
+
+
+def test_site_in_the_last_block_and_target_b(prompts):
+    """No blocks above the site; and the second model as target."""
+    pair = make_pair(layer=3)
+    grid = make_grid(make_crosscoder(pair, prompts))
+    some = {n: grid[n] for n in ("clean", "reconstruction", "alpha=4", "other model")}
+    few = prompts[:4]
+    for row in gen.generate(pair, "B", few, some, max_new_tokens=6, progress=False).itertuples():
+        args = pair, "B", few[row.prompt], some[row.cell]
+        assert gen.generate_reference(*args, max_new_tokens=6)[0] == row.tokens
+
+
+def test_reference_with_known_activations(pair, prompts, grid):
+    """The fair baseline of the benchmark computes the site's activations once per prompt."""
+    prompt, ids = prompts[5], torch.tensor([prompts[5]])
+    h = torch.stack([residual(m, 1, ids)[0] for m in pair.models.values()], 1)
+    for cell in ("alpha=4", "reconstruction", "clean"):
+        args = pair, "A", prompt, grid[cell]
+        with_h = gen.generate_reference(*args, max_new_tokens=8, hidden=h)
+        assert with_h[0] == gen.generate_reference(*args, max_new_tokens=8)[0]
+
+
+def test_attention_is_put_back(pair, prompts, grid):
+    """The engine swaps the attention kernel; leaving it swapped would break everything after."""
+    before = pair.models["A"].config._attn_implementation
+    run(pair, prompts[:2], {"clean": iv.Clean()}, max_new_tokens=1)
+    with pytest.raises(KeyError):
+        run(pair, prompts[:2], {"x": iv.Reconstruction(grid["alpha=4"].codec, ("no block",))})
+    assert pair.models["A"].config._attn_implementation == before
+    assert not pair.models["A"].model.layers[1]._forward_pre_hooks
+
+
+# -- plain sampling
+
+
+def huggingface_greedy(model, prompt, n):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, do_sample=False, max_new_tokens=n, attention_mask=torch.ones_like(ids), pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    return out[: out.index(EOS)] if EOS in out else out
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"), [(Qwen2ForCausalLM, Qwen2Config), (LlamaForCausalLM, LlamaConfig)]
+)
+def test_greedy_sampling_equals_huggingface(prompts, kind, config):
+    model = tiny(2, kind, config)
+    got = gen.sample(model, prompts, temperature=0, max_new_tokens=15, batch_size=5)
+    assert [g[0] for g in got] == [huggingface_greedy(model, p, 15) for p in prompts]
+    assert any(len(g[0]) < 15 for g in got)
+
+
+def test_first_token_logits_equal_huggingface(pair, prompts):
+    model = pair.models["A"]
+    with torch.no_grad():
+        want = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts])
+    got = gen.first_token_logits(model, prompts, batch_size=5)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_samples_follow_the_distribution(temperature):
+    """First tokens must have the softmax's frequencies, second ones those given the first."""
+    model = tiny(4, initializer_range=0.1)
+    prompt = [5, 6, 7, 8]
+    got = gen.sample(
+        model, [prompt], temperature, n=4000, max_new_tokens=2, eos=[], batch_size=4000
+    )
+    with torch.no_grad():
+        p = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    first = torch.bincount(torch.tensor([s[0] for s in got[0]]), minlength=VOCAB) / 4000
+    noise = (p * (1 - p) / 4000).sqrt()
+    assert ((first - p).abs() <= 5 * noise + 1e-3).all()
+    top = int(p.argmax())
+    with torch.no_grad():
+        p = (model(torch.tensor([[*prompt, top]])).logits[0, -1] / temperature).softmax(-1)
+    second = torch.tensor([s[1] for s in got[0] if s[0] == top])
+    share = torch.bincount(second, minlength=VOCAB) / len(second)
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / len(second)).sqrt() + 1e-3).all()
+
+
+def test_samples_depend_on_the_seed_not_on_the_batch(pair, prompts):
+    model = pair.models["A"]
+    draw = lambda **k: gen.sample(model, prompts, n=3, max_new_tokens=6, **k)  # noqa: E731
+    assert draw(seed=1) == draw(seed=1, batch_size=4)
+    assert draw(seed=1) != draw(seed=2)
+    several = draw(seed=1)
+    assert any(s[0] != s[1] for s in several)
+    assert all(EOS not in tokens for s in several for tokens in s)
+
+
+def test_bad_arguments_are_named(pair, prompts):
+    model, clean = pair.models["A"], {"clean": iv.Clean()}
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        gen.sample(model, [[5], []])
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds a token id outside 0\.\.95"):
+        gen.first_token_logits(model, [[96]])
+    with pytest.raises(ValueError, match="temperature=-1"):
+        gen.sample(model, prompts, temperature=-1)
+    with pytest.raises(ValueError, match="n=2"):
+        gen.sample(model, prompts, temperature=0, n=2)
+    with pytest.raises(ValueError, match="position='all'"):
+        run(pair, prompts, clean, position="all")
+    with pytest.raises(ValueError, match="interventions: empty"):
+        run(pair, prompts, {})
+    with pytest.raises(ValueError, match="at least 1"):
+        run(pair, prompts, clean, batch_size=0)
+    with pytest.raises(PairError, match="no model 'C'"):
+        gen.generate(pair, "C", prompts, clean)
+    windowed = tiny(0, MistralForCausalLM, MistralConfig, sliding_window=8)
+    with pytest.raises(PairError, match="only full attention"):
+        gen.sample(windowed, prompts)

@@ -1,0 +1,182 @@
+"""pyproject.toml, requirements.lock, environment.yml and the code must tell one story."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from dfc_lib import __version__, paths
+
+PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DIRECT = [
+    Requirement(text)
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+]
+PINS = {
+    canonicalize_name(pin.name): pin
+    for line in (paths.ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+    for pin in [Requirement(line)]
+}
+# What a module is called where that is not the distribution's own name.
+MODULES = {"sklearn": "scikit-learn", "umap": "umap-learn", "yaml": "pyyaml"}
+# Part of every Python installation, or of what a direct dependency always brings.
+BROUGHT_ALONG = {
+    "packaging": "pytest",
+    "yaml": "transformers",
+    "nbformat": "papermill",
+    "nbclient": "papermill",
+    "huggingface_hub": "transformers",
+    "IPython": "jupyterlab",
+}
+
+
+def pinned(name: str) -> Version:
+    (specifier,) = PINS[canonicalize_name(name)].specifier
+    return Version(specifier.version)
+
+
+def test_every_pin_is_exact_and_portable():
+    """A local version (+cpu) or an address would tie the lock to one platform or machine."""
+    for pin in PINS.values():
+        assert [s.operator for s in pin.specifier] == ["=="], pin
+        assert pinned(pin.name).local is None, pin
+        assert pin.url is None, pin
+    assert "dfc-compendium" not in PINS
+    assert "pip" not in PINS
+
+
+@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
+def test_every_direct_dependency_is_ranged_and_pinned_inside_its_range(requirement):
+    """A range that excludes the lock would make `pip install .` fight the figures' environment."""
+    operators = {specifier.operator for specifier in requirement.specifier}
+    assert ">=" in operators
+    assert "<" in operators
+    assert requirement.specifier.contains(pinned(requirement.name))
+
+
+def test_the_lock_is_closed():
+    """A missing transitive pin would let two installations differ."""
+    todo = {(canonicalize_name(r.name), extra) for r in DIRECT for extra in ["", *r.extras]}
+    seen = set()
+    while todo:
+        name, extra = todo.pop()
+        seen.add((name, extra))
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            pytest.fail(f"{name} is not installed here")
+        for requirement in map(Requirement, requires):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                child = canonicalize_name(requirement.name)
+                # A CUDA build of torch pins its own companions exactly.
+                if name == "torch" and child.startswith(("nvidia", "cuda", "triton")):
+                    continue
+                assert child in PINS, f"{name} needs {requirement}"
+                todo |= {(child, e) for e in ["", *requirement.extras]} - seen
+
+
+def test_what_is_installed_is_what_is_locked():
+    """Results made with other versions than the locked ones could not be reproduced."""
+    here = [n for n, pin in PINS.items() if pin.marker is None or pin.marker.evaluate()]
+    installed = {name: Version(importlib.metadata.version(name)).public for name in here}
+    assert installed == {name: str(pinned(name)) for name in here}
+
+
+def test_conda_environment_is_python_pip_and_the_lock():
+    """A version stated twice would drift apart."""
+    text = (paths.ROOT / "environment.yml").read_text(encoding="utf-8")
+    dependencies = yaml.safe_load(text)["dependencies"]
+    assert dependencies == ["python=3.11", "pip", {"pip": ["-r requirements.lock"]}]
+    assert Version("3.11") in Requirement(f"python{PROJECT['requires-python']}").specifier
+
+
+def test_the_library_imports_only_what_is_declared():
+    """An undeclared import works only where something else happens to bring the package."""
+    declared = {canonicalize_name(r.name).replace("-", "_") for r in DIRECT}
+    for path in sorted((paths.ROOT / "dfc_lib").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for top in {name.split(".")[0] for name in names}:
+                known = top in sys.stdlib_module_names or top == "dfc_lib" or top in BROUGHT_ALONG
+                distribution = MODULES.get(top, top).replace("-", "_").lower()
+                assert known or distribution in declared, f"{path.name} imports {top}"
+
+
+def test_package_metadata_names_what_exists():
+    """A package or data file left out of the build is missing only after installation."""
+    tool = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    packages = tool["setuptools"]["packages"]
+    found = {p.parent for p in (paths.ROOT / "dfc_lib").rglob("__init__.py")}
+    assert {paths.ROOT / name.replace(".", "/") for name in packages} == found
+    covered = tool["setuptools"]["package-data"]
+    for path in (paths.ROOT / "dfc_lib").rglob("*.*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(paths.ROOT).parts)
+            assert any(path.match(pattern) for pattern in covered.get(package, [])), path
+
+
+def test_importing_the_package_is_quick_and_light():
+    """Every kernel of a run pays for `import dfc_lib`, and `make` for the runner."""
+    heavy = (
+        "torch transformers sae_lens transformer_lens pandas numpy matplotlib papermill nbformat"
+    )
+    code = (
+        "import sys, dfc_lib, dfc_lib.paths, dfc_lib.profiles, dfc_lib.runner, dfc_lib.figures;"
+        f"print(*set({heavy.split()}) & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == []
+
+
+def test_versions_agree():
+    """The citation, the package and its metadata carry one version."""
+    citation = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["license"] == PROJECT["license"] == "MIT"
+    assert "MIT License" in (paths.ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_ci_runs_what_make_test_runs():
+    """A continuous integration that is not `make test` would pass what readers see fail."""
+    script = paths.ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert "set -euo pipefail" in lines
+    assert lines[-1] == "make test"
+
+
+def test_make_help_lists_every_target():
+    """An undocumented target is not found by those who need it."""
+    makefile = (paths.ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.M)
+    shown = subprocess.run(
+        ["make", "help"], cwd=paths.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for target in set(phony.split()) - {"environment"}:
+        assert re.search(rf"^  make {target} +\S", shown, flags=re.M), target
+    for variable in ("PROFILE", "NB", "VENV", "PYTHON", "TORCH_INDEX"):
+        assert f"  {variable}=" in shown, variable
+
+
+def test_make_refuses_an_environment_that_is_no_python():
+    """A wrong VENV must be told from a failing notebook."""
+    result = subprocess.run(
+        ["make", "figures", "VENV=/nowhere"], cwd=paths.ROOT, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "should be Python 3.11 or newer" in result.stderr

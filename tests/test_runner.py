@@ -1,0 +1,573 @@
+"""The runner: what is stale, what a run leaves behind, and what it refuses.
+
+Tiny compendia are made in temporary folders: three notebooks and a library of two modules beside
+copies of the real leftmost ones, so that kernels see nothing of this checkout.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dfc_lib import freshness, paths, profiles, runner
+from dfc_lib.freshness import CompendiumError, code_text
+
+SMOKE, TOY = profiles.PROFILES["smoke"], profiles.PROFILES["toy"]
+
+FIRST = [
+    '# The profile; DFC_PROFILE overrides.\nPROFILE = "toy"\nSCALE = 1.5  # a factor\nWORD = "a"',
+    "from dfc_lib import alpha\nimport pandas as pd\n"
+    "from dfc_lib import figures, profiles\nprofile = profiles.load(PROFILE)",
+    'import sys\nprint("50%|#####     | 1/2 [00:01<00:01]", file=sys.stderr)\n'
+    "value = SCALE * alpha.double(2)\nvalue",
+    'data = pd.DataFrame({"v": [value]})\n'
+    'figures.save_table("00_values", data, "One value.", profile=profile)',
+]
+SECOND = [
+    'PROFILE = "toy"',
+    "def lazy():\n    from dfc_lib.beta import triple\n    return triple(1)",
+    "from dfc_lib import figures, profiles\n"
+    'figures.load_data("00_values", profiles.load(PROFILE)).v.tolist(), lazy()',
+]
+
+
+def cell(source: str, number: int, tags=()) -> dict:
+    about = {"cell_type": "code", "id": f"cell-{number}", "source": source}
+    return {**about, "metadata": {"tags": list(tags)}, "outputs": [], "execution_count": None}
+
+
+def write_notebook(root: Path, name: str, sources: list[str], **declared) -> Path:
+    cells = [cell(text, i, ["parameters"] if i == 0 else []) for i, text in enumerate(sources)]
+    prose = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": f"# {name}"}
+    spec = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    content = {
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {"dfc": declared, "kernelspec": spec},
+        "cells": [prose, *cells],
+    }
+    path = root / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return path
+
+
+def make_compendium(root: Path) -> Path:
+    library = root / "dfc_lib"
+    library.mkdir(parents=True)
+    for name in ("__init__", "paths", "profiles", "freshness", "figures"):
+        shutil.copy(Path(paths.__file__).with_name(f"{name}.py"), library)
+    shutil.copy(Path(paths.__file__).with_name("dfc.mplstyle"), library)
+    (library / "alpha.py").write_text('"""Doubles."""\n\n\ndef double(x):\n    return 2 * x\n')
+    (library / "beta.py").write_text("from . import gamma\n\n\ndef triple(x):\n    return 3 * x\n")
+    (library / "gamma.py").write_text('TABLE = "gamma.toml"\n')
+    (library / "gamma.toml").write_text("x = 1\n")
+    (root / "data").mkdir()
+    (root / "data" / "input.txt").write_text("one")
+    (root / "requirements.lock").write_text("# pins\nnumpy==1\n")
+    shutil.copy(paths.ROOT / "conftest.py", root)
+    write_notebook(root, "00_first", FIRST, inputs=["data/input.txt"])
+    write_notebook(root, "01_second", SECOND, needs=["00_first"])
+    write_notebook(root, "02_alone", ["1 + 1"])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("DFC_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """A compendium in which nothing has run."""
+    return make_compendium(tmp_path / "fresh")
+
+
+@pytest.fixture(scope="module")
+def all_ran(tmp_path_factory) -> tuple[Path, str]:
+    root = make_compendium(tmp_path_factory.mktemp("ran") / "compendium")
+    return root, subprocess.run(
+        [sys.executable, "-m", "dfc_lib.runner", "run", "--root", str(root)],
+        cwd=paths.ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("DFC_")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.fixture
+def ran(all_ran, tmp_path) -> Path:
+    """A compendium whose notebooks have all run at toy; a copy that a test may change."""
+    return shutil.copytree(all_ran[0], tmp_path / "compendium")
+
+
+@pytest.fixture
+def command(capfd):
+    """The runner's command line in this process; returns what it printed."""
+
+    def call(root: Path, *arguments: str, status: int = 0) -> str:
+        capfd.readouterr()
+        code = runner.main([*arguments, "--root", str(root)])
+        out, err = capfd.readouterr()
+        assert code == status, out + err
+        return out + err
+
+    return call
+
+
+def stale(root: Path, profile=TOY) -> dict[str, str]:
+    project = runner.Project(root, profile)
+    reasons = {name: project.why_stale(name) for name in project.notebooks}
+    return {name: why for name, why in reasons.items() if why}
+
+
+def outputs(path: Path) -> list:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [c["outputs"] for c in content["cells"] if c["cell_type"] == "code"]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+# A run that succeeds
+
+
+def test_the_published_profile_executes_in_place(ran, fresh):
+    """The committed notebook must be its source plus outputs, with nothing of the run in it."""
+    path, source = ran / "notebooks/00_first.ipynb", fresh / "notebooks/00_first.ipynb"
+    after, before = (json.loads(p.read_text(encoding="utf-8")) for p in (path, source))
+    assert [(c["id"], "".join(c["source"])) for c in after["cells"]] == [
+        (c["id"], c["source"]) for c in before["cells"]
+    ]
+    assert after["metadata"] == before["metadata"]
+    assert [c["metadata"] for c in after["cells"]] == [c["metadata"] for c in before["cells"]]
+    code = [c for c in after["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in code] == [1, 2, 3, 4]
+    assert outputs(path)[2][0]["data"]["text/plain"] == ["6.0"]
+    assert not list(ran.rglob("*.partial.ipynb"))
+    assert "papermill" not in path.read_text()
+
+
+def test_progress_bars_are_not_committed(ran):
+    """Their timings would make every rerun a diff."""
+    kinds = [o["output_type"] for cell in outputs(ran / "notebooks/00_first.ipynb") for o in cell]
+    assert kinds == ["execute_result"]
+
+
+def test_a_later_notebook_reads_what_an_earlier_one_saved(ran):
+    """The CSVs are the interface between notebooks."""
+    result = outputs(ran / "notebooks/01_second.ipynb")[2][0]
+    assert result["data"]["text/plain"] == ["([6], 3)"]
+
+
+def test_figures_are_published_with_the_key_of_their_notebook(ran):
+    """The manifest must say by which code a figure was made."""
+    (row,) = json.loads((ran / "figures" / "manifest.json").read_text())
+    assert row["notebook"] == "00_first"
+    assert row["code_hash"] == runner.Project(ran, TOY).keys.key("00_first")
+    assert not (ran / "build/toy/staging/00_first").exists()
+
+
+def test_the_run_reports_notebook_seconds_and_figures(all_ran):
+    """Who waits wants to know what ran, for how long and what came of it."""
+    assert "[1/3] 00_first (never run here)" in all_ran[1]
+    assert re.search(r"\d+ s, figures: 00_values", all_ran[1])
+    assert "3 run, 0 already fresh" in all_ran[1]
+
+
+def test_nothing_to_do_is_found_quickly_and_without_heavy_imports(ran):
+    """A rerun with nothing changed must cost seconds, or nobody uses make."""
+    code = (
+        "import sys; from dfc_lib import runner; status = runner.main(sys.argv[1:]);"
+        "heavy = {'torch', 'papermill', 'nbformat', 'pandas', 'numpy'} & set(sys.modules);"
+        "sys.exit(status or bool(heavy))"
+    )
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--root", str(ran)],
+        cwd=paths.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert time.perf_counter() - started < 3
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 run, 3 already fresh" in done.stdout
+
+
+def test_other_profiles_leave_the_committed_files_alone(ran, command):
+    """`make smoke` must not put throwaway numbers where published ones are."""
+    committed = [*sorted((ran / "notebooks").iterdir()), *sorted((ran / "figures").iterdir())]
+    before = {path: path.read_bytes() for path in committed}
+    out = command(ran, "run", "--profile", "smoke", "--notebook", "01")
+    assert "2 run, 0 already fresh" in out
+    assert {path: path.read_bytes() for path in committed} == before
+    assert outputs(ran / "build/smoke/notebooks/00_first.ipynb")[2]
+    (row,) = json.loads((ran / "build/smoke/figures/manifest.json").read_text())
+    assert row["profile"] == "smoke"
+    assert stale(ran, SMOKE) == {"02_alone": "never run here"}
+    assert stale(ran) == {}
+
+
+# What makes a notebook stale
+
+
+def test_edits_that_change_no_result_keep_everything_fresh(ran):
+    """Prose, comments and docstrings must not cost a rerun of everything."""
+    edit(ran / "dfc_lib/alpha.py", '"""Doubles."""', '"""Doubles its argument."""\n# why\n')
+    edit(ran / "notebooks/00_first.ipynb", "# a factor", "# a better comment")
+    edit(ran / "notebooks/00_first.ipynb", "# 00_first", "# A title")
+    edit(ran / "requirements.lock", "# pins", "# exact pins")
+    edit(ran / "dfc_lib/freshness.py", "class Library:", "class Library(object):")
+    os.utime(ran / "data/input.txt", (0, 0))
+    assert stale(ran) == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("notebooks/00_first.ipynb", "SCALE = 1.5", "SCALE = 2.5", {"00_first", "01_second"}),
+        ("notebooks/01_second.ipynb", 'lazy()"', 'lazy(), 1"', {"01_second"}),
+        ("dfc_lib/alpha.py", "2 * x", "x + x", {"00_first", "01_second"}),
+        ("dfc_lib/beta.py", "3 * x", "x * 3", {"01_second"}),  # imported inside a function
+        ("dfc_lib/gamma.py", "TABLE", "NAME", {"01_second"}),  # imported by an import, relatively
+        ("dfc_lib/gamma.toml", "x = 1", "x = 2", {"01_second"}),  # named by an imported module
+        ("dfc_lib/figures.py", "%.6g", "%.5g", {"00_first", "01_second"}),
+        ("dfc_lib/dfc.mplstyle", "savefig.dpi: 150", "savefig.dpi: 90", {"00_first", "01_second"}),
+        ("data/input.txt", "one", "two", {"00_first", "01_second"}),
+        ("requirements.lock", "numpy==1", "numpy==2", {"00_first", "01_second", "02_alone"}),
+        ("figures/00_values.csv", "6", "7", {"00_first"}),
+        ("notebooks/02_alone.ipynb", '"2"', '"3"', {"02_alone"}),  # a stored output
+    ],
+)
+def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(ran, file, old, new, expected):
+    """Too little staleness publishes old numbers, too much costs hours."""
+    edit(ran / file, old, new)
+    assert set(stale(ran)) == expected
+
+
+@pytest.mark.parametrize("file", ["figures/00_values.csv", "build/toy/state/00_first.json"])
+def test_a_deleted_result_makes_its_notebook_stale(ran, file):
+    """`make figures` must bring back what somebody deleted."""
+    (ran / file).unlink()
+    assert set(stale(ran)) == {"00_first"}
+
+
+def test_a_missing_declared_output_makes_its_notebook_stale(ran):
+    """A deleted cache must be remade before the notebooks that read it run."""
+    path = ran / "notebooks/02_alone.ipynb"
+    edit(path, '"dfc": {}', '"dfc": {"outputs": ["cache"]}')
+    assert stale(ran) == {"02_alone": "missing: cache in the build folder"}
+    (ran / "build/toy/cache").mkdir()
+    assert stale(ran) == {}
+
+
+def test_status_tells_fresh_from_stale_and_why(ran):
+    """Before a long run one wants to know what it would do."""
+    edit(ran / "dfc_lib/beta.py", "3 * x", "x * 3")
+    shown = runner.status(runner.Project(ran, TOY))
+    assert re.search(r"00_first +fresh +\d+$", shown, flags=re.M)
+    assert re.search(r"01_second +stale +\d+  changed: dfc_lib.beta$", shown, flags=re.M)
+    assert re.search(r"00_values +now  00_first \(fresh\)", shown)
+
+
+def test_status_in_a_clone_recognises_committed_figures(ran):
+    """Without state of its own, a clone can still tell whether figures belong to its code."""
+    shutil.rmtree(ran / "build")
+    shown = runner.status(runner.Project(ran, TOY))
+    assert "never run here; the committed figures come from this very code" in shown
+    edit(ran / "dfc_lib/alpha.py", "2 * x", "x + x")
+    assert "this very code" not in runner.status(runner.Project(ran, TOY))
+
+
+# A run that fails
+
+
+def test_a_failing_cell_is_shown_and_replaces_nothing(ran, command):
+    """A failed notebook must never stand where a good one was, nor its figures."""
+    path = ran / "notebooks/00_first.ipynb"
+    edit(path, "value = SCALE * alpha.double(2)", "value = SCALE * alpha.triple(2)")
+    before = {p: p.read_bytes() for p in [path, *(ran / "figures").iterdir()]}
+    error = command(ran, "run", status=1)
+    assert "00_first failed in cell [3]" in error
+    assert "value = SCALE * alpha.triple(2)" in error
+    assert "AttributeError" in error
+    partial = ran / "build/toy/notebooks/00_first.partial.ipynb"
+    assert str(partial) in error
+    assert "AttributeError" in partial.read_text()
+    assert {p: p.read_bytes() for p in before} == before
+    assert set(stale(ran)) == {"00_first", "01_second"}
+
+
+def test_a_dying_kernel_is_named_with_its_cell(ran, command):
+    """Out of memory kills the kernel without a traceback; the cell must still be found."""
+    edit(ran / "notebooks/02_alone.ipynb", "1 + 1", "import os; os._exit(9)")
+    error = command(ran, "run", "--notebook", "02", status=1)
+    assert "02_alone: the kernel died (out of memory?)" in error
+    assert "os._exit(9)" in error
+
+
+def test_an_output_with_a_path_of_this_machine_is_not_committed(ran, command):
+    """Readers have no use for somebody's home folder, and it is nobody's business."""
+    path = ran / "notebooks/02_alone.ipynb"
+    edit(path, "1 + 1", "import os; print('in', os.getcwd())")
+    before = path.read_bytes()
+    error = command(ran, "run", "--notebook", "02", status=1)
+    assert f"in {ran}/notebooks" in error
+    assert path.read_bytes() == before
+
+
+def test_a_figure_no_longer_written_is_removed(ran, command):
+    """A renamed figure would otherwise stay behind under its old name for ever."""
+    edit(ran / "notebooks/00_first.ipynb", "00_values", "00_numbers")
+    edit(ran / "notebooks/01_second.ipynb", "00_values", "00_numbers")
+    assert "removed 00_values.csv" in command(ran, "run")
+    assert sorted(p.name for p in (ran / "figures").iterdir()) == [
+        "00_numbers.csv",
+        "manifest.json",
+    ]
+
+
+def test_terminating_a_run_keeps_the_good_notebook_and_stops_the_kernel(ran, command):
+    """A killed run must leave neither a broken notebook nor a kernel that goes on computing."""
+    path, note = ran / "notebooks/02_alone.ipynb", ran / "kernel.pid"
+    code = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    edit(path, '"1 + 1"', json.dumps(code))
+    before = path.read_bytes()
+    line = [sys.executable, "-m", "dfc_lib.runner", "run", "--notebook", "02", "--root", str(ran)]
+    process = subprocess.Popen(line, cwd=paths.ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    busy = command(ran, "run", "--notebook", "02", status=1)
+    assert f"is being run already (process {process.pid} since" in busy
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopped; finished notebooks are kept" in error
+    assert path.read_bytes() == before
+    kernel = int(note.read_text())
+    while time.monotonic() < deadline:
+        try:
+            os.kill(kernel, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the kernel is still running")
+
+
+def test_the_lock_of_a_killed_run_is_taken_over(fresh, capsys):
+    """A power cut must not require deleting a file by hand."""
+    code = (
+        "import sys, time; from pathlib import Path; from dfc_lib import profiles, runner;"
+        "project = runner.Project(Path(sys.argv[1]), profiles.PROFILES['toy']);"
+        "lock = runner._lock(project); lock.__enter__(); print('locked', flush=True);"
+        "time.sleep(60)"
+    )
+    line = [sys.executable, "-c", code, str(fresh)]
+    with subprocess.Popen(line, cwd=paths.ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(CompendiumError, match=f"process {holder.pid} since"):
+            runner.run(runner.Project(fresh, TOY))
+        holder.kill()
+    with runner._lock(runner.Project(fresh, TOY)):
+        assert f"an earlier run (process {holder.pid} since" in capsys.readouterr().out
+
+
+# Parameters
+
+
+def test_overrides_go_to_a_folder_of_their_own(ran, command):
+    """An experiment with another parameter must not pass for the published result."""
+    elsewhere = ran / "elsewhere"
+    before = (ran / "notebooks/00_first.ipynb").read_bytes()
+    command(ran, "run", "--notebook", "00", "-p", "SCALE=10", "--output", str(elsewhere))
+    (row,) = json.loads((elsewhere / "figures/manifest.json").read_text())
+    assert (elsewhere / "figures/00_values.csv").read_text() == "v\n40\n"
+    assert row["code_hash"] != runner.Project(ran, TOY).keys.key("00_first")
+    text = (elsewhere / "notebooks/00_first.ipynb").read_text()
+    assert "injected-parameters" in text
+    assert (ran / "notebooks/00_first.ipynb").read_bytes() == before
+    assert stale(ran) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--notebook", "00", "-p", "SCAL=2"], "no parameter 'SCAL' to override; it has: SCALE"),
+        (["--notebook", "00", "-p", "PROFILE=toy"], "see --profile"),
+        (["--notebook", "00", "-p", "SCALE=big"], "'big' is of another type"),
+        (["--notebook", "00", "-p", "WORD=3"], "3 is of another type"),
+        (["--notebook", "00", "-p", "SCALE"], "-p takes NAME=VALUE"),
+        (["-p", "SCALE=2"], "go with a notebook"),
+        (["--notebook", "07"], "no single notebook is called '07'"),
+        (["--profile", "big"], "unknown profile 'big'"),
+        (["--profile", "toy", "--notebook", "00", "-p", "SCALE=2"], "keep their own parameters"),
+    ],
+)
+def test_a_run_that_cannot_be_meant_is_refused(fresh, capsys, arguments, message):
+    """Papermill ignores a misspelt parameter and exits 0: an experiment that never happened."""
+    profile = [] if "--profile" in arguments else ["--profile", "smoke"]
+    assert runner.main(["run", *profile, *arguments, "--root", str(fresh)]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(fresh.rglob("*.partial.ipynb"))
+
+
+# Reading the compendium
+
+
+def test_notebooks_run_after_what_they_need_else_by_number(tmp_path):
+    """An order by number alone would run a notebook before its inputs exist."""
+    for name, needs in {"00_a": ["03_d"], "01_b": [], "02_c": ["00_a"], "03_d": []}.items():
+        write_notebook(tmp_path, name, ["1"], needs=needs)
+    notebooks = freshness.load_notebooks(tmp_path)
+    assert list(notebooks) == ["01_b", "03_d", "00_a", "02_c"]
+    assert freshness.with_needs(notebooks, ["00_a"]) == ["03_d", "00_a"]
+    wanted = ["2", "notebooks/03_d.ipynb", "01_b"]
+    assert freshness.select(notebooks, wanted) == ["02_c", "03_d", "01_b"]
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"00_a": ["01_b"], "01_b": ["00_a"]}, "circle: "),
+        ({"00_a": ["09_z"]}, "names '09_z'"),
+        ({"00_a": "01_b"}, "must be a list of strings"),
+    ],
+)
+def test_impossible_needs_are_refused(tmp_path, needs, message):
+    """A misspelt need would silently be no dependency."""
+    for name, value in needs.items():
+        write_notebook(tmp_path, name, ["1"], needs=value)
+    with pytest.raises(CompendiumError, match=message):
+        freshness.load_notebooks(tmp_path)
+
+
+def test_a_broken_notebook_is_named(tmp_path):
+    """A merge conflict in a notebook must be told from a missing notebook."""
+    write_notebook(tmp_path, "00_a", ["1"]).write_text("<<<<<<< ours")
+    with pytest.raises(CompendiumError, match=r"00_a\.ipynb is no notebook"):
+        freshness.load_notebooks(tmp_path)
+
+
+def test_a_missing_input_is_named(fresh):
+    """The cell that fails on it would come minutes later and say less."""
+    (fresh / "data/input.txt").unlink()
+    with pytest.raises(CompendiumError, match=r"00_first reads data/input\.txt, which is missing"):
+        runner.run(runner.Project(fresh, TOY), ["00"])
+
+
+def test_an_unwritable_build_folder_is_named(fresh, capsys, monkeypatch):
+    """The error must name the folder and the variable that moves it."""
+    (fresh / "build").write_text("a file in the way")
+    monkeypatch.setenv("DFC_BUILD", str(fresh / "build"))
+    assert runner.main(["run", "--root", str(fresh)]) == 1
+    error = capsys.readouterr().err
+    assert f"{fresh}/build" in error
+    assert "DFC_BUILD" in error
+
+
+def test_magics_are_read_over_and_other_breakage_is_reported(tmp_path):
+    """A cell that cannot be read would hide its imports from the runner."""
+    root = make_compendium(tmp_path / "c")
+    write_notebook(root, "03_magic", ["%matplotlib inline\nimport dfc_lib.beta", "%%bash\nls |"])
+    parts = runner.Project(root, TOY).keys.parts("03_magic")
+    assert {"dfc_lib.beta", "dfc_lib.gamma"} < set(parts)
+    assert "dfc_lib.alpha" not in parts
+    write_notebook(root, "03_magic", ["1", "def f(:\n  pass"])
+    with pytest.raises(CompendiumError, match=r"03_magic\.ipynb, code cell 2, line 1"):
+        runner.Project(root, TOY).keys.parts("03_magic")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import dfc_lib.beta as b", {"beta", "gamma"}),
+        ("from dfc_lib.beta import triple", {"beta", "gamma"}),
+        ("from dfc_lib import alpha, beta", {"alpha", "beta", "gamma"}),
+        ("import importlib\nimportlib.import_module('dfc_lib.gamma')", {"gamma"}),
+        ("print('see dfc_lib.alpha for more')", set()),
+        ("import dfc_lib", set()),
+    ],
+)
+def test_imports_of_every_form_are_found(fresh, source, expected):
+    """A missed import means old results after an edit."""
+    found = freshness.Library(fresh).closure([source])
+    assert {name.removeprefix("dfc_lib.") for name in found} - {"dfc_lib"} == expected
+
+
+def test_code_text_drops_what_cannot_matter_and_nothing_else():
+    """Dropping too much would miss a change; keeping too much would rerun everything for a typo."""
+    source = '"""Doc."""\nx = "# no comment"  # one\n\n\ndef f():\n    """Doc\n    two."""\n'
+    source += '    s = """a\n\n    # b"""\n    return s\n'
+    assert (
+        code_text(source) == 'x = "# no comment"\ndef f():\n    s = """a\n    # b"""\n    return s'
+    )
+    assert '"""Doc."""' in code_text(source, docstrings=True)
+    assert code_text("def f(): 'doc'; return 1") == "def f(): 'doc'; return 1"
+    assert code_text("x = (") == "x = ("
+    assert code_text("a\r\nb") == code_text("a\nb")
+
+
+# nbval
+
+
+def test_checked_cells_are_compared_always_and_regress_cells_where_published(fresh, command):
+    """Invariants must hold at every profile, rounded results only where they were made."""
+    for path in (fresh / "notebooks").iterdir():
+        path.unlink()
+    sources = [
+        "# NBVAL_CHECK_OUTPUT\nimport sys\nprint('7%|', file=sys.stderr)\nprint('holds')",
+        "# REGRESS\nprint('a result')",
+        "# NBVAL_CHECK_OUTPUT\nprint('an invariant')",
+        "import time\ntime.time()",
+    ]
+    path = write_notebook(fresh, "00_first", sources)
+    content = json.loads(path.read_text())
+    stored = ["holds\n", "an old result\n", "an old invariant\n", "1\n"]
+    for item, text in zip(content["cells"][1:], stored, strict=True):
+        item["outputs"] = [{"output_type": "stream", "name": "stdout", "text": text}]
+        item["execution_count"] = 1
+    path.write_text(json.dumps(content))
+    shown = command(fresh, "check", "--lax", "--profile", "smoke", status=1)
+    assert "FAILED notebooks/00_first.ipynb::Cell 2" in shown
+    assert "1 failed, 3 passed" in shown
+    shown = command(fresh, "check", "--lax", "--profile", "toy", status=1)
+    assert "FAILED notebooks/00_first.ipynb::Cell 1" in shown
+    assert "2 failed, 2 passed" in shown
+
+
+def test_check_leaves_committed_files_alone_and_compares_csvs(ran, command):
+    """`make regress` must measure against the committed figures, not replace them."""
+    (ran / "notebooks/02_alone.ipynb").unlink()
+    committed = [*(ran / "notebooks").iterdir(), *(ran / "figures").iterdir()]
+    before = {path: path.read_bytes() for path in committed}
+    assert "1 of 1 CSVs are byte-identical" in command(ran, "check", "--lax")
+    assert {path: path.read_bytes() for path in committed} == before
+    (row,) = json.loads((ran / "build/toy/check/figures/manifest.json").read_text())
+    assert row["code_hash"] == runner.Project(ran, TOY).keys.key("00_first")
+
+
+def test_a_check_that_takes_too_long_is_ended(ran, command):
+    """A hanging kernel must not hang continuous integration."""
+    edit(ran / "notebooks/02_alone.ipynb", "1 + 1", "import time; time.sleep(60)")
+    limits = ["--notebook", "02", "--timeout", "4", "--profile", "smoke"]
+    assert "not done after 4 s" in command(ran, "check", *limits, status=1)
+
+
+def test_no_notebooks_is_an_error(tmp_path):
+    """A check of nothing would pass."""
+    with pytest.raises(CompendiumError, match="no numbered notebooks"):
+        runner.check(runner.Project(tmp_path, SMOKE))

@@ -1,0 +1,475 @@
+"""Training runs: reproducible to the bit, killable at any moment, and equal to a plain loop."""
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dfc_lib import training
+from dfc_lib.crosscoder import Normaliser, Partition, TrainingCrosscoder
+from dfc_lib.training import (
+    TrainConfig,
+    config_key,
+    fidelity,
+    get_or_train,
+    load_metrics,
+    run_directory,
+    train,
+)
+
+D_MODEL, N = 8, 150
+CONFIG = TrainConfig(
+    Partition.dedicated(48, 0.125), k=4, steps=40, batch_size=32, lr=5e-3, warmup_steps=5,
+    decay_steps=10, exclusive_coef=1e-3, dead_steps=3, log_every=1, checkpoint_every=7,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Bits repeat for one number of threads; and a forked child may not use OpenMP's pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def planted(n=N, seed=0):
+    """Two streams of sparse combinations of shared directions, raw scale, plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(20, D_MODEL, generator=generator)
+    code = (torch.rand(n, 20, generator=generator) < 0.1) * (
+        1 + torch.rand(n, 20, generator=generator)
+    )
+    noise = 0.05 * torch.randn(n, 2, D_MODEL, generator=generator)
+    only_a = code.clone()
+    only_a[:, :3] = 0
+    return torch.stack([code @ directions * 3 + 1, only_a @ directions - 2], dim=1) + noise
+
+
+X = planted()
+
+
+def quiet(config, directory, activations=X, **kwargs):
+    return train(config, activations, directory, progress=False, **kwargs)
+
+
+def changed(**fields):
+    return dataclasses.replace(CONFIG, **fields)
+
+
+def weights(directory):
+    return load_file(directory / "sae_weights.safetensors")
+
+
+def assert_same_run(directory, expected):
+    """The same weights to the last bit, and the same metrics to the last character."""
+    found = weights(directory)
+    for name, tensor in weights(expected).items():
+        assert torch.equal(found[name], tensor), name
+    assert (directory / "metrics.csv").read_text() == (expected / "metrics.csv").read_text()
+
+
+# -- killed and resumed
+
+
+def in_child(directory, config, sabotage):
+    """Train in a forked process that ``sabotage`` makes kill itself; how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.set_num_threads(1)
+            sabotage()
+            quiet(config, directory)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_at_call(target, name, n, before=True):
+    """``kill -9`` this process at the n-th call of ``target.name``, before or after its work."""
+    original, calls = getattr(target, name), [0]
+
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        if before and calls[0] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if calls[0] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(target, name, wrapped)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"batchtopk": True}, {"tie_shared": True, "normalise": "zscore_unstored"}],
+    ids=["topk", "batchtopk", "tied-zscore"],
+)
+def test_kill_9_at_random_steps_then_resume_gives_bit_identical_weights(tmp_path, fields):
+    config = changed(**fields)
+    quiet(config, tmp_path / "whole")
+    steps = np.random.default_rng(0).choice(np.arange(1, 40), 5, replace=False)
+    for i, step in enumerate(steps):  # each kill hits the run that the last one left
+        ended = in_child(
+            tmp_path / "killed",
+            config,
+            lambda s=int(step), i=i: kill_at_call(torch.optim.Adam, "step", s % 11 + 1, i % 2 == 0),
+        )
+        assert ended == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "cfg.json").exists()
+    quiet(config, tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@needs_fork
+@pytest.mark.parametrize("nth", range(1, 15))
+def test_kill_9_around_every_file_write_leaves_nothing_half_written(tmp_path, nth):
+    """Before and after each rename: metrics, state, weights and configuration in turn."""
+    quiet(CONFIG, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    ended = in_child(killed, CONFIG, lambda: kill_at_call(os, "replace", nth, nth % 2 == 0))
+    assert ended == -signal.SIGKILL
+    quiet(CONFIG, killed)
+    assert_same_run(killed, tmp_path / "whole")
+    expected = ["cfg.json", "metrics.csv", "run.json", "sae_weights.safetensors"]
+    assert [
+        f for f in sorted(os.listdir(killed)) if f.endswith((".json", ".csv", "ors"))
+    ] == expected
+
+
+@needs_fork
+def test_kill_9_from_outside_at_any_moment(tmp_path):
+    config = changed(steps=300)
+    quiet(config, tmp_path / "whole")
+    killed, delays = tmp_path / "killed", np.random.default_rng(1)
+    for _ in range(5):
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)
+            quiet(config, killed)
+            os._exit(0)
+        time.sleep(delays.uniform(0.05, 0.3))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    quiet(config, killed)
+    assert_same_run(killed, tmp_path / "whole")
+
+
+def test_how_often_the_state_is_written_does_not_change_the_run(tmp_path):
+    quiet(CONFIG, tmp_path / "often")
+    quiet(changed(checkpoint_every=1000), tmp_path / "never")
+    assert_same_run(tmp_path / "often", tmp_path / "never")
+
+
+def test_a_damaged_state_file_is_refused_by_name(tmp_path, monkeypatch):
+    run = training._Run(CONFIG, training._Data(CONFIG, X, None), tmp_path)
+    run.resume()
+    for step in range(3):
+        run.train_step(run.data.batch(step))
+    run.checkpoint()
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged.*delete it"):
+        quiet(CONFIG, tmp_path)
+
+
+# -- the run itself
+
+
+def plain_loop(config, x):
+    """The same run with dense autograd and an unfused Adam; nothing taken from ``training``."""
+    crosscoder = TrainingCrosscoder.create(
+        D_MODEL, config.partition, config.k, Normaliser.fit(x), dtype=torch.float64,
+        tie_shared=config.tie_shared, init_seed=config.seed,
+    )  # fmt: skip
+    optimiser = torch.optim.Adam(crosscoder.parameters(), foreach=False)
+    order = np.concatenate(
+        [np.random.default_rng([config.seed, e]).permutation(len(x)) for e in range(20)]
+    )
+    silent = torch.zeros(config.partition.dict_size)
+    for step in range(config.steps):
+        batch = x[order[step * config.batch_size : (step + 1) * config.batch_size]]
+        optimiser.zero_grad()
+        options = {"variant": config.variant, "dead": silent >= config.dead_steps}
+        total, _ = crosscoder.loss(
+            batch, config.shared_coef, config.exclusive_coef, aux_coef=config.aux_coef, dense=True,
+            **options,
+        )  # fmt: skip
+        fired = (crosscoder.encode(batch) > 0).any(0)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), config.clip_norm)
+        up = min(1, (step + 1) / config.warmup_steps)
+        down = min(1, (config.steps - step) / config.decay_steps)
+        optimiser.param_groups[0]["lr"] = config.lr * up * down
+        optimiser.step()
+        silent = torch.where(fired, 0, silent + 1)
+    return crosscoder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"variant": "published", "shared_coef": 1e-2},
+        {"tie_shared": True, "shared_coef": 1e-2},
+        {"clip_norm": 1e-2, "aux_coef": 1.0},
+    ],
+    ids=["default", "published", "tied", "clipped-aux"],
+)
+def test_the_fast_loop_trains_to_the_weights_of_a_plain_dense_loop(tmp_path, fields):
+    config = changed(dtype="float64", **fields)
+    fast, plain = quiet(config, tmp_path), plain_loop(config, X.double())
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], expected, rtol=1e-6, atol=1e-8)
+    if config.aux_coef and config.variant != "published":
+        assert load_metrics(tmp_path)["aux"].max() > 0  # the auxiliary loss did take part
+
+
+def test_forbidden_weights_gradients_and_moments_are_exactly_zero_after_training_and_resume(
+    tmp_path,
+):
+    config = changed(shared_coef=1e-3, aux_coef=1.0)
+    data = training._Data(config, X, None)
+    runs = [training._Run(config, data, tmp_path)]
+    training._claim(tmp_path, config, data)
+    runs[0].resume()
+    for step in range(20):
+        runs[0].train_step(data.batch(step))
+    runs[0].checkpoint()
+    runs.append(training._Run(config, data, tmp_path))
+    runs[1].resume()
+    assert runs[1].step == 20
+    runs[1].train_step(data.batch(20))
+    runs[1].crosscoder = copy.deepcopy(runs[1].crosscoder)
+    for run in runs:
+        for name in ("encoder", "decoder"):
+            param = run.params[name]
+            state = run.optimiser.state[param]
+            copied = getattr(run.crosscoder, name)
+            for tensor in (param, copied, param.grad, state["exp_avg"], state["exp_avg_sq"]):
+                assert (tensor != 0).any()
+                rows = tensor.detach().unflatten(1, (2, D_MODEL))
+                assert config.partition.largest_forbidden(rows) == 0.0
+    final = quiet(config, tmp_path)
+    assert final.integrity() == {"encoder": 0.0, "decoder": 0.0}
+
+
+def test_tied_rows_are_exactly_equal_and_untied_ones_are_not(tmp_path):
+    shared = CONFIG.partition.slice("shared")
+    tied = quiet(changed(tie_shared=True), tmp_path / "tied")
+    untied = quiet(CONFIG, tmp_path / "untied")
+    assert torch.equal(tied.W_dec[shared, 0], tied.W_dec[shared, 1])
+    assert not torch.equal(tied.W_enc[0, :, shared], tied.W_enc[1, :, shared])  # encoders stay free
+    assert not torch.equal(untied.W_dec[shared, 0], untied.W_dec[shared, 1])
+
+
+def test_every_epoch_visits_every_sample_once_and_steps_are_reproducible_in_any_order():
+    data = training._Data(CONFIG, X, None)
+    steps = [data.indices(s) for s in range(15)]  # 480 samples: three epochs of 150 and a bit
+    again = [training._Data(CONFIG, X, None).indices(s) for s in reversed(range(15))]
+    assert all((a == b).all() for a, b in zip(steps, reversed(again), strict=True))
+    counts = np.bincount(np.concatenate(steps), minlength=N)
+    assert counts.min() >= 3
+    assert counts.max() <= 4
+    assert not (data.indices(0) == training._Data(changed(seed=1), X, None).indices(0)).all()
+
+
+def test_an_array_a_memory_map_a_source_and_a_tensor_train_the_same_crosscoder(tmp_path):
+    class Source:
+        n = N
+
+        def gather(self, indices):
+            return X[torch.as_tensor(indices)]
+
+    mapped = np.memmap(tmp_path / "x.bin", dtype=np.float32, mode="w+", shape=tuple(X.shape))
+    mapped[:] = X.numpy()
+    expected = quiet(CONFIG, tmp_path / "tensor").encoder
+    for name, data in {"array": X.numpy(), "memmap": mapped, "source": Source()}.items():
+        assert torch.equal(quiet(CONFIG, tmp_path / name, data).encoder, expected), name
+
+
+def test_the_published_protocol_zscores_per_dataset_and_model_and_stores_nothing(tmp_path):
+    labels = np.arange(N) % 2 + 5
+    x = X + 10.0 * torch.as_tensor(labels == 5)[:, None, None]
+    z = torch.empty_like(x)
+    for label in (5, 6):
+        rows = x[labels == label]
+        z[labels == label] = (rows - rows.mean(0)) / rows.std(0)
+    config = changed(normalise="zscore_unstored", variant="published", lr=1e-3)
+    found = training._Data(config, x, labels).batch(3)
+    expected = z[training._Data(config, x, labels).indices(3)]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    crosscoder = quiet(config, tmp_path, x, labels=labels)
+    assert crosscoder.normaliser.is_identity
+    fve = fidelity(crosscoder, z).fve[:2]
+    assert (fve > fidelity(crosscoder, x).fve[:2] + 0.1).all()  # raw in: the scale is missing
+
+
+def test_metrics_are_those_of_the_step_and_losses_fall(tmp_path):
+    config = changed(steps=300, lr=1e-2, log_every=50, shared_coef=1e-4)
+    crosscoder = quiet(config, tmp_path)
+    metrics = load_metrics(tmp_path)
+    assert metrics["step"].tolist() == [1, 50, 100, 150, 200, 250, 300]
+    assert metrics["mse"].iloc[-1] < 0.5 * metrics["mse"].iloc[0]
+
+    first = TrainingCrosscoder.create(D_MODEL, config.partition, config.k, Normaliser.fit(X))
+    x = training._Data(config, X, None).batch(0)
+    total, terms = first.loss(x, 1e-4, 1e-3, "exclusive_only")
+    z, f = first.normaliser.apply(x), first.encode(x)
+    error = z - first.normaliser.apply(first.decode(f))
+    fve = 1 - error.square().sum((0, 2)) / (z - z.mean(0)).square().sum((0, 2))
+    row = metrics.iloc[0]
+    expected = {"loss": total, **terms, "fve_A": fve[0], "fve_B": fve[1]}
+    for block, features in config.partition.slices.items():
+        expected[f"l0_{block}"] = (f[:, features] > 0).sum(-1).float().mean()
+        expected[f"dead_{block}"] = 0.0
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    l0 = metrics[[f"l0_{b}" for b in config.partition.names]].sum(axis=1)
+    assert l0.max() <= config.k
+    final = fidelity(crosscoder, X).fve[:2].to_numpy()
+    np.testing.assert_allclose(metrics[["fve_A", "fve_B"]].iloc[-1], final, atol=0.1)
+
+
+def test_unused_loss_terms_are_still_reported(tmp_path):
+    quiet(changed(exclusive_coef=0.0), tmp_path)
+    metrics = load_metrics(tmp_path)
+    assert (metrics["l1_exclusive"] > 0).any()
+    assert (metrics["l1_shared"] > 0).all()
+
+
+def test_fidelity_by_hand(tmp_path):
+    crosscoder = quiet(CONFIG, tmp_path)
+    x, table = planted(seed=3), None
+    for batch_size in (7, 4096):
+        table = fidelity(crosscoder, x, batch_size=batch_size)
+        error, spread = crosscoder.error(x), x - x.mean(0)
+        fve = 1 - error.square().sum((0, 2)) / spread.square().sum((0, 2))
+        np.testing.assert_allclose(table.fve[:2], fve.numpy(), rtol=1e-4)
+        active = crosscoder.encode(x) > 0
+        for i, features in enumerate(CONFIG.partition.slices.values()):
+            assert table.l0[2 + i] == pytest.approx(
+                float(active[:, features].sum(-1).float().mean())
+            )
+            dead = float((~active[:, features].any(0)).float().mean())
+            assert table.dead_share[2 + i] == pytest.approx(dead)
+    assert table.name.tolist() == ["A", "B", "A_exclusive", "B_exclusive", "shared"]
+
+
+def test_three_models_train(tmp_path):
+    x = torch.cat([X, X[:, :1] * 2], dim=1)
+    config = changed(partition=Partition.dedicated(48, 0.1, ("RL", "SFT", "base")))
+    crosscoder = quiet(config, tmp_path, x)
+    assert {"fve_RL", "fve_SFT", "fve_base", "l0_base_exclusive"} <= set(load_metrics(tmp_path))
+    crosscoder.check_integrity()
+
+
+# -- one way to get a crosscoder
+
+
+def test_get_or_train_trains_once_and_a_changed_config_or_data_key_trains_again(tmp_path):
+    calls = []
+
+    def activations():
+        calls.append(1)
+        return X
+
+    first = get_or_train(CONFIG, activations, tmp_path, "data-1", progress=False)
+    second = get_or_train(CONFIG, activations, tmp_path, "data-1", progress=False)
+    assert len(calls) == 1
+    assert torch.equal(first.encoder, second.encoder)
+    assert (run_directory(CONFIG, tmp_path, "data-1") / "metrics.csv").is_file()
+    get_or_train(changed(seed=1), activations, tmp_path, "data-1", progress=False)
+    get_or_train(CONFIG, activations, tmp_path, "data-2", progress=False)
+    assert len(calls) == 3
+    assert len(list((tmp_path / "crosscoders").iterdir())) == 3
+
+
+def test_the_key_ignores_what_cannot_change_the_weights_and_nothing_else():
+    key = config_key(CONFIG, "data")
+    assert key == config_key(changed(checkpoint_every=1, device="cuda"), "data")
+    values = {
+        "partition": Partition.plain(48), "k": 5, "batchtopk": True, "tie_shared": True,
+        "apply_b_dec_to_input": True, "steps": 41, "batch_size": 33, "lr": 1e-4, "warmup_steps": 1,
+        "decay_steps": 1, "clip_norm": 0.0, "shared_coef": 1.0, "exclusive_coef": 1.0,
+        "variant": "published", "aux_coef": 0.0, "aux_k": 3, "dead_steps": 4,
+        "decoder_init_norm": 1.0, "normalise": "zscore_unstored", "seed": 1, "log_every": 2,
+        "dtype": "float64",
+    }  # fmt: skip
+    assert values.keys() == {f.name for f in dataclasses.fields(CONFIG)} - {
+        "checkpoint_every",
+        "device",
+    }
+    keys = {config_key(changed(**{name: value}), "data") for name, value in values.items()}
+    assert len(keys | {key}) == len(values) + 1
+
+
+def test_a_folder_that_holds_another_run_is_refused(tmp_path):
+    quiet(CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"another run .*: k, lr"):
+        quiet(changed(k=3, lr=1e-4), tmp_path)
+    with pytest.raises(ValueError, match=r"another run .*: data"):
+        quiet(CONFIG, tmp_path, planted(seed=9))
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        quiet(CONFIG, tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="unknown origin"):
+        quiet(CONFIG, tmp_path)
+
+
+def test_a_finished_run_is_returned_without_training(tmp_path, monkeypatch):
+    expected = quiet(CONFIG, tmp_path).encoder
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: pytest.fail("trained again"))
+    assert torch.equal(quiet(CONFIG, tmp_path).encoder, expected)
+    assert "config" in json.loads((tmp_path / "run.json").read_text())
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"variant": "paper"}, {"normalise": "zscore"}, {"dtype": "bfloat16"}, {"steps": 0},
+        {"k": 0}, {"k": 49}, {"batch_size": 0}, {"log_every": 0},
+    ],
+)  # fmt: skip
+def test_a_bad_configuration_is_refused_by_field(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        changed(**fields)
+
+
+@pytest.mark.parametrize("x", [X[:, :1], X[:, 0], torch.cat([X, X], 1), X[:0]])
+def test_activations_of_the_wrong_shape_are_refused(tmp_path, x):
+    with pytest.raises(ValueError, match=r"activations"):
+        quiet(CONFIG, tmp_path, x)
+
+
+def test_labels_of_the_wrong_length_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"labels have shape"):
+        quiet(changed(normalise="zscore_unstored"), tmp_path, labels=np.zeros(3))
+
+
+def test_a_diverging_run_stops_with_the_step_and_the_learning_rate(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"at step \d+ .*lower lr"):
+        quiet(changed(lr=1e30, warmup_steps=0, clip_norm=0.0), tmp_path)
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    rates = [CONFIG.learning_rate(s) / CONFIG.lr for s in range(40)]
+    np.testing.assert_allclose(rates[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
+    assert set(rates[5:30]) == {1.0}
+    np.testing.assert_allclose(rates[-2:], [0.2, 0.1])
