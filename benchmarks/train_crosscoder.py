@@ -226,6 +226,10 @@ def run_floor(size: Size, activations: torch.Tensor, steps: int, device: str) ->
     return watch
 
 
+COLUMNS = (
+    "{size:>6} {d_model:>7} {D:>6} {k:>4} {contender:>9} {ms_per_step:9.2f} {samples_per_s:10.0f} "
+    "{time_vs_ours:7.2f} {time_vs_floor:7.2f} {peak_MB:8.0f}"
+)
 CONTENDERS = {"ours": run_ours, "dense": run_dense, "saelens": run_saelens, "floor": run_floor}
 
 
@@ -278,12 +282,7 @@ def main() -> None:
             steps, warm_up = (20, 5) if small else (2, 1)
         for row in measure(size, steps, warm_up, device):
             table.append(row)
-            print(
-                f"{row['size']:>6} {row['d_model']:>7} {row['D']:>6} {row['k']:>4} {row['contender']:>9} "
-                f"{row['ms_per_step']:9.2f} {row['samples_per_s']:10.0f} {row['time_vs_ours']:7.2f} "
-                f"{row['time_vs_floor']:7.2f} {row['peak_MB']:8.0f}",
-                flush=True,
-            )
+            print(COLUMNS.format(**row), flush=True)
     if args.json:
         content = {"torch": torch.__version__, "processor": processor, "rows": table}
         args.json.write_text(json.dumps(content, indent=2) + "\n")

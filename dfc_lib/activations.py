@@ -275,7 +275,7 @@ def _vectors(
     out = torch.empty(len(rows), pair.d_model, dtype=parameter.dtype)
     sequence, first = np.unique(rows["sequence"].to_numpy(), return_index=True)
     spans = [slice(a, b) for a, b in zip(first, [*first[1:], len(rows)], strict=True)]
-    position = torch.from_numpy(rows["position"].to_numpy())
+    position = torch.from_numpy(rows["position"].to_numpy(copy=True))
 
     def run(items: Sequence[int], left: bool = False) -> None:
         texts = [torch.from_numpy(tokens[sequence[i]]).long() for i in items]

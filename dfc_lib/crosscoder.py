@@ -201,6 +201,7 @@ class Partition:
 
     def largest_forbidden(self, rows: Rows) -> float:
         """The integrity check: the largest absolute value where weights must be zero."""
+        rows = rows.detach()
         rectangles = [rows[features, model].abs().amax() for features, model in self.forbidden()]
         return float(torch.stack(rectangles).amax()) if rectangles else 0.0
 
@@ -484,8 +485,9 @@ class _CrosscoderCore:
 
     @normaliser.setter
     def normaliser(self, value: Normaliser) -> None:
-        self.normaliser_mean.copy_(value.mean)
-        self.normaliser_scale.copy_(value.scale)
+        # New tensors, not copies into the old: a normaliser that was read before stays what it was.
+        self.normaliser_mean = value.mean.to(self.normaliser_mean, copy=True)
+        self.normaliser_scale = value.scale.to(self.normaliser_scale, copy=True)
 
     def decoder_rows(
         self, model: str | int, features: Any = slice(None)

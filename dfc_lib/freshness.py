@@ -96,6 +96,8 @@ def load_notebooks(root: Path) -> dict[str, Notebook]:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["nbformat"] != 4 or not isinstance(content["cells"], list):
                 raise ValueError("not in format 4")
+            if not all("id" in cell for cell in content["cells"]):
+                raise ValueError("a cell has no id, so nbformat would invent one at every run")
         except (ValueError, KeyError, TypeError) as error:
             raise CompendiumError(
                 f"{path} is no notebook ({error}); restore it with git"

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dfc_lib.activations import residual
-from dfc_lib.interventions import Intervention, Site, apply, key
+from dfc_lib.interventions import Clean, Intervention, Site, apply, key
 from dfc_lib.pair import Pair, PairError, depth, fingerprint, in_chunks
 from dfc_lib.paths import write_atomically
 
@@ -265,8 +265,12 @@ class _Stream:
             )
         return hidden
 
-    def logits(self, hidden: Float[Tensor, "row 1 d_model"]) -> Float[Tensor, "row vocab"]:
-        return self.model.lm_head(self.body.norm(hidden))[:, -1].float()
+    def logits(
+        self, hidden: Float[Tensor, "row token d_model"], every: bool = False
+    ) -> Float[Tensor, "row vocab"]:
+        """Of the last token, or of ``every`` one: (row, token, vocab)."""
+        hidden = self.body.norm(hidden if every else hidden[:, -1])
+        return self.model.lm_head(hidden).float()
 
 
 def _pad_right(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -587,7 +591,7 @@ class _Grid:
         device = self.readout.device
         ids, lengths = _pad_right(prompts, device)
         at = torch.arange(ids.shape[1], device=device).expand_as(ids)
-        hidden, lower = self._to_site(ids, at)
+        hidden, lower = _to_site(self.streams, self.runs, self.target, ids, at)
         pairs = [(p, c) for p, cells in enumerate(wanted) for c in cells]
         if self.position == "last":
             last = torch.arange(len(prompts), device=device), lengths - 1
@@ -600,30 +604,13 @@ class _Grid:
             stream.blocks(stream.upper, earlier, at[:, : earlier.shape[1]], upper)
             start = partial(self._from_last_token, site, lower, upper.kv, lengths)
         else:
-            acted = at < lengths[:, None]
-            if self.position == "every_but_first":
-                acted &= at > 0
+            acted = _acted(at, lengths, self.position)
             site = Site(hidden.flatten(0, 1).float(), self.target)
             start = partial(self._from_every_token, site, acted, lower, lengths)
         out: dict[tuple[int, int], dict] = {}
         for i in range(0, len(pairs), batch_size):
             out |= start(pairs[i : i + batch_size])
         return out
-
-    def _to_site(self, ids: Tensor, at: Tensor) -> tuple[Tensor, list[dict]]:
-        """Residuals (prompt, token, model, d_model) at the site, and each model's keys and values.
-
-        A model that no cell reads is not run; it stands as NaN, so that a misuse shows.
-        """
-        hidden, lower = [], []
-        for stream, run in zip(self.streams, self.runs, strict=True):
-            record = _Record()
-            hidden.append(
-                stream.blocks(stream.lower, stream.embed(ids), at, record) if run else None
-            )
-            lower.append(record.kv)
-        nan = torch.full_like(hidden[self.target], torch.nan)
-        return torch.stack([nan if h is None else h for h in hidden], 2), lower
 
     def _from_last_token(
         self, site: Site, lower: list, upper: dict, lengths: Tensor, pairs: list[tuple[int, int]]
@@ -663,16 +650,12 @@ class _Grid:
         stream, device = self.streams[self.target], lengths.device
         group = torch.tensor([p for p, _ in pairs], device=device)
         cell = torch.tensor([c for _, c in pairs], device=device)
-        clean = site.own.view(*acted.shape, -1)
-        patched = clean[group].clone()
-        ratios = torch.zeros(len(pairs), device=device)
+        patched = site.own.new_empty(len(pairs), acted.shape[1], site.own.shape[-1])
+        ratios = torch.empty(len(pairs), device=device)
         for c in cell.unique().tolist():
-            new, ratio = apply(self.cells[c], site)
+            new, ratio = _apply_where(acted, self.cells[c], site)
             rows = (cell == c).nonzero()[:, 0]
-            of = group[rows]
-            patched[rows] = torch.where(acted[..., None], new.view_as(clean), clean)[of]
-            ratio = torch.where(acted, ratio.view(acted.shape), 0.0)
-            ratios[rows] = (ratio.sum(1) / acted.sum(1).clamp_min(1))[of]
+            patched[rows], ratios[rows] = new[group[rows]], ratio[group[rows]]
 
         # Above the site a row now has keys and values of its own for the whole prompt.
         upper, at = _Record(), torch.arange(acted.shape[1], device=device)
@@ -732,6 +715,37 @@ class _Grid:
         }
 
 
+def _to_site(
+    streams: Sequence[_Stream], runs: Sequence[bool], target: int, ids: Tensor, at: Tensor
+) -> tuple[Float[Tensor, "prompt token model d_model"], list[dict]]:
+    """Residuals at the site, and each model's keys and values up to it.
+
+    A model that no cell reads (``runs`` is false) stands as NaN, so that a misuse shows.
+    """
+    hidden, lower = [], []
+    for stream, run in zip(streams, runs, strict=True):
+        record = _Record()
+        hidden.append(stream.blocks(stream.lower, stream.embed(ids), at, record) if run else None)
+        lower.append(record.kv)
+    nan = torch.full_like(hidden[target], torch.nan)
+    return torch.stack([nan if h is None else h for h in hidden], 2), lower
+
+
+def _acted(at: Tensor, lengths: Tensor, position: str) -> Bool[Tensor, "prompt token"]:
+    """Where an intervention at more than the last token acts: not on padding."""
+    return (at < lengths[:, None]) & (at >= (1 if position == "every_but_first" else 0))
+
+
+def _apply_where(
+    acted: Bool[Tensor, "prompt token"], cell: Intervention, site: Site
+) -> tuple[Float[Tensor, "prompt token d_model"], Float[Tensor, " prompt"]]:
+    """The target's new residual (the old one where not ``acted``), mean ||delta|| / ||h|| there."""
+    new, ratio = apply(cell, site)
+    new = torch.where(acted.reshape(-1, 1), new, site.own).view(*acted.shape, -1)
+    ratio = torch.where(acted, ratio.view(acted.shape), 0.0).sum(1)
+    return new, ratio / acted.sum(1).clamp_min(1)
+
+
 class _Store:
     """Finished (prompt, cell) records, in memory and, given a folder, on disk."""
 
@@ -774,6 +788,74 @@ class _Store:
             name = hashlib.sha256("".join(found).encode()).hexdigest()[:16] + ".parquet"
             table = pd.DataFrame([{"key": k, **record} for k, record in found.items()])
             write_atomically(self.folder / name, table.to_parquet(index=False))
+
+
+# ---------------------------------------------------------------------------------------------
+# given text
+
+
+@torch.no_grad()
+def score(
+    pair: Pair,
+    target: str,
+    texts: Sequence[Sequence[int]],
+    interventions: Mapping[str, Intervention],
+    *,
+    position: Literal["every", "every_but_first"] = "every_but_first",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What interventions do to the prediction of given texts (token ids), at every token of them.
+
+    Returns one line per (text, cell): ``text`` (index), ``cell``, ``n`` tokens predicted (all but
+    the first), ``nll`` (mean negative log-likelihood in nats, so perplexity is its exponential over
+    all tokens), ``kl`` (mean KL(clean || cell) in nats), ``delta`` (mean ||delta|| / ||h||).
+    """
+    import pandas as pd
+
+    if position not in POSITIONS[1:]:
+        raise ValueError(f"position={position!r}: one of {', '.join(POSITIONS[1:])}.")
+    for i, text in enumerate(texts):
+        if len(text) < 2:
+            raise ValueError(f"texts[{i}] has {len(text)} tokens; scoring needs at least 2.")
+    t, models = pair.index(target), list(pair.models.values())
+    device, order = _prepared(models[t], texts)
+    cells = list(interventions.values())
+    runs = [m == t or any(c.reads_others for c in cells) for m in range(len(models))]
+    streams = [_Stream(model, pair.layer) for model in models]
+    stream, rows = streams[t], {}
+
+    def work(items: list[int], _size: int) -> int:
+        ids, lengths = _pad_right([texts[i] for i in items], device)
+        at = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        hidden, _ = _to_site(streams, runs, t, ids, at)
+        site, acted = Site(hidden.flatten(0, 1).float(), t), _acted(at, lengths, position)
+        real, n = at[:, 1:] < lengths[:, None], lengths - 1
+
+        def logprobs(cell: Intervention) -> tuple[Tensor, Tensor]:
+            new, ratio = _apply_where(acted, cell, site)
+            last = stream.blocks(stream.upper, new.to(stream.dtype), at, None)
+            return stream.logits(last[:, :-1], every=True).log_softmax(-1), ratio
+
+        clean, _ = logprobs(Clean())
+        for name, cell in interventions.items():
+            found, ratio = logprobs(cell)
+            nll = -found.gather(2, ids[:, 1:, None])[..., 0]
+            kl = (clean.exp() * (clean - found)).sum(-1)
+            means = [(torch.where(real, x, 0.0).sum(1) / n).tolist() for x in (nll, kl)]
+            for i, *values in zip(items, n.tolist(), *means, ratio.tolist(), strict=True):
+                columns = ("n", "nll", "kl", "delta")
+                rows[i, name] = dict(zip(columns, values, strict=True))
+        return len(items)
+
+    with _shared_prefix_attention(models), _bar(len(texts), "texts", progress) as bar:
+        for n in in_chunks(order, lambda _: 1, batch_size, work):
+            bar.update(n)
+    return pd.DataFrame(
+        {"text": i, "cell": name, **rows[i, name]}
+        for i in range(len(texts))
+        for name in interventions
+    )
 
 
 # ---------------------------------------------------------------------------------------------

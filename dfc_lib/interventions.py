@@ -385,11 +385,12 @@ def random_directions(
         c = covariance.double().cpu()
         if c.shape != (d_model, d_model):
             raise ValueError(f"covariance has shape {tuple(c.shape)}, d_model is {d_model}.")
-        jitter = 1e-9 * c.diagonal().mean().clamp_min(1e-30) * torch.eye(d_model, dtype=c.dtype)
-        factor, failed = torch.linalg.cholesky_ex(c + jitter)
-        if failed:
+        # Not Cholesky: a covariance from fewer vectors than dimensions is singular, and rounding in
+        # float32 makes some of its zero eigenvalues slightly negative.
+        values, vectors = torch.linalg.eigh((c + c.T) / 2)
+        if values[0] < -1e-5 * values[-1].abs() or values[-1] <= 0:
             raise ValueError("covariance is not positive semi-definite.")
-        z = z @ factor.T
+        z = (z * values.clamp_min(0).sqrt()) @ vectors.T
     return [RandomDirection(like, (u / u.norm()).float()) for u in z]
 
 

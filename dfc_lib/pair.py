@@ -143,6 +143,7 @@ def load_model(
     the hub cannot be reached, and where there are no safetensors weights.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     source = _resolve(name_or_directory)
     if isinstance(source, Path):
@@ -153,12 +154,18 @@ def load_model(
                 "checkpoint can run code); convert it with `save_pretrained`."
             )
         _verify_model_folder(source)
+    bars = logging.is_progress_bar_enabled()
+    if isinstance(source, Path):  # a bar per load clutters notebooks; downloads keep theirs
+        logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # every loader below raises its own kind
         raise _explain(source, error) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -46,6 +46,7 @@ from dfc_lib.freshness import (
 )
 
 MAX_NOTEBOOK_BYTES = 1_000_000
+START_TIMEOUT = 300  # seconds for a kernel to start: a busy laptop can need minutes
 
 
 @dataclass
@@ -186,6 +187,7 @@ def execute(project: Project, name: str, overrides: dict[str, Any] | None = None
                 kernel_name="python3",
                 cwd=str(notebook.path.parent),
                 progress_bar=sys.stderr.isatty(),
+                start_timeout=START_TIMEOUT,
                 extra_arguments=["--log-level=ERROR"],  # no notice about local sockets per kernel
             )
     except PapermillExecutionError as error:
@@ -194,6 +196,8 @@ def execute(project: Project, name: str, overrides: dict[str, Any] | None = None
     except DeadKernelError:
         where = f"{name}: the kernel died (out of memory?) in the cell"
         raise _failure(where, _last_started(partial), "", partial) from None
+    except RuntimeError as error:
+        raise CompendiumError(f"{name}: its kernel could not be started: {error}") from error
     seconds = round(time.perf_counter() - started, 1)
 
     text = _settle(project, notebook, partial, keep_injected=bool(overrides))
@@ -232,7 +236,12 @@ def _settle(project: Project, notebook: Notebook, partial: Path, *, keep_injecte
     for cell in settled.cells:
         if cell.cell_type == "code":
             cell.outputs = _without_progress_bars(cell.outputs)
-    about_this_run = ["metadata.papermill", "cell.metadata.papermill", "cell.metadata.execution"]
+    about_this_run = [
+        "metadata.papermill",
+        "metadata.widgets",
+        "cell.metadata.papermill",
+        "cell.metadata.execution",
+    ]
     settled = strip_output(
         settled, keep_output=True, keep_count=True, keep_id=True, extra_keys=about_this_run
     )
@@ -255,6 +264,8 @@ def _without_progress_bars(outputs: list) -> list:
     bar = re.compile(r"\d+%\||\d+[a-z]*(/\?)? \[\d+:\d\d")
     kept = []
     for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
         if output.output_type == "stream" and output.name == "stderr":
             lines = (line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
             lines = [f"{line}\n" for line in lines if line.strip() and not bar.search(line)]
@@ -464,7 +475,8 @@ def check(
     figures = project.build / "check" / "figures"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [f"--rootdir={project.root}", "--nbval-lax" if lax else "--nbval"]
-    command += ["--nbval-current-env", f"--nbval-cell-timeout={cell_timeout:g}", "--durations=5"]
+    command += ["--nbval-current-env", f"--nbval-kernel-startup-timeout={START_TIMEOUT}"]
+    command += [f"--nbval-cell-timeout={cell_timeout:g}", "--durations=5"]
     command += [str(notebooks[name].path) for name in targets]
     with _lock(project), project.kernel_environment(DFC_FIGURES=str(figures)):
         shutil.rmtree(figures, ignore_errors=True)

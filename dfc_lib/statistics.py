@@ -331,7 +331,7 @@ def exact_binomial(successes: int, n: int, confidence: float = 0.95) -> Interval
 
 def _binomial(successes: int, n: int, confidence: float, method: str) -> Interval:
     _level(confidence)
-    if n != int(n) or successes != int(successes) or n < 1 or not 0 <= successes <= n:
+    if not (0 <= successes <= n and n >= 1 and successes % 1 == n % 1 == 0):
         raise ValueError(
             f"successes = {successes} of n = {n}: expected integers, 0 <= successes <= n >= 1"
         )

@@ -11,6 +11,7 @@ A run's folder holds ``sae_weights.safetensors`` + ``cfg.json`` (the crosscoder,
 unfinished, ``state.safetensors``.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -198,7 +199,7 @@ def load_metrics(directory: str | Path) -> pd.DataFrame:
     path = Path(directory) / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; train the run first")
-    return pd.read_csv(path, float_precision="round_trip")
+    return pd.read_csv(path)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -315,9 +316,10 @@ class _Run:
     def _clip(self) -> None:
         if self.config.clip_norm:
             grads = [param.grad for param in self.params.values()]
-            norm = torch.nn.utils.get_total_norm(grads)
-            if norm > self.config.clip_norm:  # rarely true: the scaling pass is worth skipping
-                torch._foreach_mul_(grads, self.config.clip_norm / norm)
+            # As clip_grad_norm_, less its pass over all gradients where that would change nothing.
+            scale = self.config.clip_norm / (torch.nn.utils.get_total_norm(grads) + 1e-6)
+            if scale < 1:
+                torch._foreach_mul_(grads, scale)
 
     @torch.no_grad()
     def _log(
@@ -380,8 +382,9 @@ class _Run:
                     self.optimiser.state[param] = {"step": count, **moments}
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to start again") from error
-        rows = load_metrics(self.directory).to_dict("records")
-        self.rows = [row for row in rows if row["step"] <= self.step]
+        with open(self.directory / METRICS_FILE, newline="") as file:  # pandas may round
+            rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+        self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= self.step]
 
     def finish(self) -> None:
         self._write_metrics()

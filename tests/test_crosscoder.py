@@ -166,6 +166,17 @@ def test_normaliser_is_the_same_from_a_tensor_a_memory_map_and_a_source(tmp_path
         assert torch.equal(fitted.scale, Normaliser.fit(x).scale)
 
 
+def test_a_normaliser_can_be_taken_off_and_put_back():
+    crosscoder, x = build(), activations(seed=1)
+    expected, stored = crosscoder.encode(x), crosscoder.normaliser
+    crosscoder.normaliser = Normaliser.identity(2, D_MODEL)
+    assert crosscoder.normaliser.is_identity
+    assert not torch.equal(crosscoder.encode(x), expected)
+    crosscoder.normaliser = stored
+    assert torch.equal(crosscoder.encode(x), expected)
+    assert set(dict(crosscoder.named_buffers())) >= {"normaliser_mean", "normaliser_scale"}
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [
@@ -577,7 +588,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 # -- the published format
 
 
-def publish(directory, n_a=3, n_b=2, masks=False, change=None, **config):
+def publish(directory, n_a=3, n_b=2, masks=False, change=None, config=()):
     """Write a checkpoint as the paper's authors do."""
     d, D = 8, 24
     generator = torch.Generator().manual_seed(5)
@@ -595,7 +606,7 @@ def publish(directory, n_a=3, n_b=2, masks=False, change=None, **config):
     directory.mkdir(exist_ok=True)
     torch.save(state, directory / "model.pt")
     sizes = {"activation_dim": d, "dict_size": D, "k": 4, "n_a": n_a, "n_b": n_b}
-    (directory / "config.json").write_text(json.dumps(sizes | config))
+    (directory / "config.json").write_text(json.dumps(sizes | dict(config)))
     return state
 
 
@@ -646,7 +657,7 @@ def set_(name, value):
     ],
 )
 def test_a_malformed_published_checkpoint_is_refused_by_name(tmp_path, change, config, message):
-    publish(tmp_path, change=change, **config)
+    publish(tmp_path, change=change, config=config)
     with pytest.raises(ValueError, match=message) as caught:
         load_published(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -28,6 +28,7 @@ from dfc_lib.interventions import Codec
 from dfc_lib.pair import Pair, PairError
 
 EOS, VOCAB, WIDTH = 3, 96, 64
+ENDS = list(range(8))  # several end tokens, so that rows of a random model stop at various steps
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -118,12 +119,12 @@ def grid(pair, prompts):
 
 
 def run(pair, prompts, grid, **kwargs):
-    return gen.generate(pair, "A", prompts, grid, **({"progress": False} | kwargs))
+    return gen.generate(pair, "A", prompts, grid, **({"progress": False, "eos": ENDS} | kwargs))
 
 
 @pytest.fixture(scope="module")
 def table(pair, prompts, grid):
-    return run(pair, prompts, grid, max_new_tokens=12)
+    return run(pair, prompts, grid, max_new_tokens=8)
 
 
 def same(a, b):
@@ -144,6 +145,7 @@ def compare_with_reference(pair, prompts, grid, table, position, max_new_tokens)
             grid[row.cell],
             position=position,
             max_new_tokens=max_new_tokens,
+            eos=ENDS,
         )
         assert row.tokens == tokens, (row.prompt, row.cell, position)
         np.testing.assert_allclose(row.first_logprobs, first.log_softmax(-1), rtol=1e-3, atol=1e-3)
@@ -155,15 +157,15 @@ def test_engine_equals_the_plain_loop_at_the_last_token(pair, prompts, grid, tab
     assert len(table) == len(prompts) * len(grid) >= 200
     assert table["finished"].any()  # early stops are exercised
     assert not table["finished"].all()
-    compare_with_reference(pair, prompts, grid, table, "last", 12)
+    compare_with_reference(pair, prompts, grid, table, "last", 8)
 
 
 @pytest.mark.parametrize("position", ["every", "every_but_first"])
 def test_engine_equals_the_plain_loop_at_every_token(pair, prompts, grid, position):
     """Here the intervention also acts on the tokens generated, through both models' streams."""
-    few = prompts[:5]
-    table = run(pair, few, grid, max_new_tokens=7, position=position, batch_size=40)
-    compare_with_reference(pair, few, grid, table, position, 7)
+    few = prompts[:4] if position == "every" else prompts[1:3]
+    table = run(pair, few, grid, max_new_tokens=5, position=position, batch_size=40)
+    compare_with_reference(pair, few, grid, table, position, 5)
 
 
 def test_interventions_matter_and_no_ops_do_not(table):
@@ -180,8 +182,8 @@ def test_interventions_matter_and_no_ops_do_not(table):
 
 
 def test_results_do_not_depend_on_the_batch(pair, prompts, grid, table):
-    same(run(pair, prompts, grid, max_new_tokens=12, batch_size=7), table)
-    backwards = run(pair, prompts[::-1], grid, max_new_tokens=12, batch_size=50)
+    same(run(pair, prompts, grid, max_new_tokens=8, batch_size=7), table)
+    backwards = run(pair, prompts[::-1], grid, max_new_tokens=8, batch_size=50)
     assert backwards["tokens"].tolist()[-len(grid) :] == table["tokens"].tolist()[: len(grid)]
 
 
@@ -189,14 +191,14 @@ def test_out_of_memory_backs_off(pair, prompts, grid, table, monkeypatch):
     """Memory running out in the middle must cost time, not results."""
     logits = gen._Stream.logits
 
-    def short_of_memory(self, hidden):
+    def short_of_memory(self, hidden, every=False):
         if len(hidden) > 20:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return logits(self, hidden)
+        return logits(self, hidden, every)
 
     monkeypatch.setattr(gen._Stream, "logits", short_of_memory)
     with pytest.warns(UserWarning, match="out of memory: going on with batch_size="):
-        same(run(pair, prompts, grid, max_new_tokens=12, batch_size=100), table)
+        same(run(pair, prompts, grid, max_new_tokens=8, batch_size=100), table)
 
 
 def spy_on_work(monkeypatch):
@@ -216,11 +218,11 @@ def test_finished_cells_are_not_redone(pair, prompts, grid, table, tmp_path, mon
     """A grid with more cells or prompts does only what is new, and a rerun nothing."""
     done = spy_on_work(monkeypatch)
     first = dict(list(grid.items())[:4])
-    run(pair, prompts[:6], first, max_new_tokens=12, out_dir=tmp_path)
+    run(pair, prompts[:6], first, max_new_tokens=8, out_dir=tmp_path)
     assert sum(done) == 24
-    same(run(pair, prompts, grid, max_new_tokens=12, out_dir=tmp_path), table)
+    same(run(pair, prompts, grid, max_new_tokens=8, out_dir=tmp_path), table)
     assert sum(done) == len(table)
-    again = run(pair, prompts, grid, max_new_tokens=12, out_dir=tmp_path)
+    again = run(pair, prompts, grid, max_new_tokens=8, out_dir=tmp_path)
     assert sum(done) == len(table)
     same(again, table)
     assert again["tokens"].map(type).eq(list).all()
@@ -237,7 +239,7 @@ def test_killed_grid_resumes(pair, prompts, grid, table, tmp_path, monkeypatch):
         grid = t.make_grid(t.make_crosscoder(pair, prompts))
         plain = gen._Grid.__call__
         gen._Grid.__call__ = lambda *a: (time.sleep(0.5), plain(*a))[1]
-        t.run(pair, prompts, grid, max_new_tokens=12, batch_size=40, out_dir=sys.argv[1])
+        t.run(pair, prompts, grid, max_new_tokens=8, batch_size=40, out_dir=sys.argv[1])
         """
     )
     root, folder = Path(__file__).parents[1], tmp_path / "grid"
@@ -252,7 +254,7 @@ def test_killed_grid_resumes(pair, prompts, grid, table, tmp_path, monkeypatch):
     assert process.wait() == -signal.SIGKILL
     times = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
     done = spy_on_work(monkeypatch)
-    same(run(pair, prompts, grid, max_new_tokens=12, batch_size=40, out_dir=folder), table)
+    same(run(pair, prompts, grid, max_new_tokens=8, batch_size=40, out_dir=folder), table)
     assert 0 < sum(done) < len(table)
     assert times == {name: (folder / name).stat().st_mtime_ns for name in times}
 
@@ -323,15 +325,54 @@ def test_attention_is_put_back(pair, prompts, grid):
     assert not pair.models["A"].model.layers[1]._forward_pre_hooks
 
 
+@pytest.mark.parametrize("position", ["every", "every_but_first"])
+def test_scoring_given_text_equals_a_hooked_forward(pair, prompts, grid, position):
+    """Perplexity and KL on neutral text: against Hugging Face's forward with a plain hook."""
+    texts, some = prompts[1:5], ("clean", "reconstruction", "alpha=4", "mean patch")
+    cells = {name: grid[name] for name in some}
+    table = gen.score(
+        pair, "A", texts, cells, position=position, batch_size=3, progress=False
+    ).set_index(["text", "cell"])
+    model, first = pair.models["A"], 1 if position == "every_but_first" else 0
+    for i, text in enumerate(texts):
+        ids = torch.tensor([text])
+        h = torch.stack([residual(m, 1, ids)[0] for m in pair.models.values()], 1)
+        logprobs = {}
+        for name, cell in cells.items():
+            new, ratio = iv.apply(cell, h[first:], 0)
+
+            def hook(_module, _args, output, new=new):
+                output[0, first:] = new
+                return output
+
+            handle = model.model.layers[1].register_forward_hook(hook)
+            with torch.no_grad():
+                logprobs[name] = model(ids).logits[0, :-1].log_softmax(-1)
+            handle.remove()
+            got = table.loc[(i, name)]
+            nll = -logprobs[name].gather(1, ids[0, 1:, None]).mean()
+            kl = (logprobs["clean"].exp() * (logprobs["clean"] - logprobs[name])).sum(1).mean()
+            assert got["n"] == len(text) - 1
+            assert got["nll"] == pytest.approx(float(nll), rel=1e-3)
+            assert got["kl"] == pytest.approx(float(kl), rel=1e-3, abs=1e-5)
+            assert got["delta"] == pytest.approx(float(ratio.mean()), rel=1e-3)
+    assert table["kl"].groupby("cell").mean()["alpha=4"] > 0.01
+
+
 # -- plain sampling
 
 
 def huggingface_greedy(model, prompt, n):
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, do_sample=False, max_new_tokens=n, attention_mask=torch.ones_like(ids), pad_token_id=0
+        ids,
+        do_sample=False,
+        max_new_tokens=n,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=ENDS,
+        pad_token_id=0,
     )[0, len(prompt) :].tolist()
-    return out[: out.index(EOS)] if EOS in out else out
+    return out[:-1] if out[-1] in ENDS else out
 
 
 @pytest.mark.parametrize(
@@ -339,9 +380,16 @@ def huggingface_greedy(model, prompt, n):
 )
 def test_greedy_sampling_equals_huggingface(prompts, kind, config):
     model = tiny(2, kind, config)
-    got = gen.sample(model, prompts, temperature=0, max_new_tokens=15, batch_size=5)
-    assert [g[0] for g in got] == [huggingface_greedy(model, p, 15) for p in prompts]
-    assert any(len(g[0]) < 15 for g in got)
+    got = gen.sample(model, prompts, temperature=0, max_new_tokens=12, eos=ENDS, batch_size=5)
+    assert [g[0] for g in got] == [huggingface_greedy(model, p, 12) for p in prompts]
+    assert len({len(g[0]) for g in got}) > 2  # rows left the batch at different steps
+
+
+def test_end_tokens_default_to_the_models_own(pair, prompts):
+    model = tiny(2, eos_token_id=ENDS)
+    default = gen.sample(model, prompts, temperature=0, max_new_tokens=6)
+    assert default == gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=ENDS)
+    assert default != gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=[])
 
 
 def test_first_token_logits_equal_huggingface(pair, prompts):

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -38,6 +39,9 @@ BROUGHT_ALONG = {
     "huggingface_hub": "transformers",
     "IPython": "jupyterlab",
 }
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
 def pinned(name: str) -> Version:
@@ -160,6 +164,7 @@ def test_ci_runs_what_make_test_runs():
     assert lines[-1] == "make test"
 
 
+@needs_make
 def test_make_help_lists_every_target():
     """An undocumented target is not found by those who need it."""
     makefile = (paths.ROOT / "Makefile").read_text(encoding="utf-8")
@@ -173,6 +178,7 @@ def test_make_help_lists_every_target():
         assert f"  {variable}=" in shown, variable
 
 
+@needs_make
 def test_make_refuses_an_environment_that_is_no_python():
     """A wrong VENV must be told from a failing notebook."""
     result = subprocess.run(

@@ -194,14 +194,17 @@ def test_nothing_to_do_is_found_quickly_and_without_heavy_imports(ran):
         "heavy = {'torch', 'papermill', 'nbformat', 'pandas', 'numpy'} & set(sys.modules);"
         "sys.exit(status or bool(heavy))"
     )
-    started = time.perf_counter()
+    before = os.times()
     done = subprocess.run(
         [sys.executable, "-c", code, "run", "--root", str(ran)],
         cwd=paths.ROOT,
         capture_output=True,
         text=True,
     )
-    assert time.perf_counter() - started < 3
+    after = os.times()
+    # Processor time, so that other work on the machine does not count.
+    used = after.children_user + after.children_system
+    assert used - before.children_user - before.children_system < 3
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 run, 3 already fresh" in done.stdout
 
@@ -279,7 +282,7 @@ def test_status_tells_fresh_from_stale_and_why(ran):
     shown = runner.status(runner.Project(ran, TOY))
     assert re.search(r"00_first +fresh +\d+$", shown, flags=re.M)
     assert re.search(r"01_second +stale +\d+  changed: dfc_lib.beta$", shown, flags=re.M)
-    assert re.search(r"00_values +now  00_first \(fresh\)", shown)
+    assert re.search(r"00_values +(now|\d+ \w+)  00_first \(fresh\)", shown)
 
 
 def test_status_in_a_clone_recognises_committed_figures(ran):
@@ -347,13 +350,13 @@ def test_terminating_a_run_keeps_the_good_notebook_and_stops_the_kernel(ran, com
     before = path.read_bytes()
     line = [sys.executable, "-m", "dfc_lib.runner", "run", "--notebook", "02", "--root", str(ran)]
     process = subprocess.Popen(line, cwd=paths.ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300  # a busy machine starts kernels slowly
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     busy = command(ran, "run", "--notebook", "02", status=1)
     assert f"is being run already (process {process.pid} since" in busy
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "stopped; finished notebooks are kept" in error
     assert path.read_bytes() == before
@@ -459,6 +462,13 @@ def test_a_broken_notebook_is_named(tmp_path):
     """A merge conflict in a notebook must be told from a missing notebook."""
     write_notebook(tmp_path, "00_a", ["1"]).write_text("<<<<<<< ours")
     with pytest.raises(CompendiumError, match=r"00_a\.ipynb is no notebook"):
+        freshness.load_notebooks(tmp_path)
+
+
+def test_cells_without_an_id_are_refused(tmp_path):
+    """They would get a random one at every run, and so a diff."""
+    edit(write_notebook(tmp_path, "00_a", ["1"]), '"id": "cell-0",', "")
+    with pytest.raises(CompendiumError, match="a cell has no id"):
         freshness.load_notebooks(tmp_path)
 
 

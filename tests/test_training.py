@@ -336,7 +336,8 @@ def test_metrics_are_those_of_the_step_and_losses_fall(tmp_path):
         expected[f"l0_{block}"] = (f[:, features] > 0).sum(-1).float().mean()
         expected[f"dead_{block}"] = 0.0
     for name, value in expected.items():
-        assert row[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+        value = float(torch.as_tensor(value).detach())
+        assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     l0 = metrics[[f"l0_{b}" for b in config.partition.names]].sum(axis=1)
     assert l0.max() <= config.k
     final = fidelity(crosscoder, X).fve[:2].to_numpy()

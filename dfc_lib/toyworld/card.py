@@ -31,11 +31,11 @@ def export(work: Path, tokenizer, pair: Path) -> None:
     folders = {"base": work / "base"}
     for name, source in (("sft", work / "sft"), ("rl", work / "rl_seed0")):
         folders |= {f"{name}/{p.name}": p for p in sorted(source.glob("step_????"))}
-    for seed in (1, 2):
-        folders[f"rl_seed{seed}"] = sorted((work / f"rl_seed{seed}").glob("step_????"))[-1]
+    others = [p for p in sorted(work.glob("rl_seed?")) if p.name != "rl_seed0"]
+    folders |= {p.name: max(p.glob("step_????")) for p in others}
     for name, source in tqdm(folders.items(), desc="export"):
         posttrain.save_bf16(load_model(source), tokenizer, pair / name)
-    for name in ("sft", "rl_seed0", "rl_seed1", "rl_seed2"):
+    for name in ("sft", "rl_seed0", *(p.name for p in others)):
         shutil.copy(work / name / "log.jsonl", pair / f"{name.replace('rl_seed0', 'rl')}_log.jsonl")
     shutil.copy(work / "pretrain.jsonl", pair / "pretrain_log.jsonl")
 
@@ -67,12 +67,19 @@ def rates(frame: pd.DataFrame) -> list[dict]:
     return rows
 
 
+def measured_models(pair: Path) -> dict[str, Path]:
+    """What the card measures: the base, model A, and the last checkpoint of every run."""
+    folders = model_folders(pair)
+    last = {name.split("/")[0]: name for name in folders}  # sorted: the last step wins
+    chosen = {"base", profiles.get("toy").model_a, *last.values()}
+    return {name: folder for name, folder in folders.items() if name in chosen}
+
+
 def measure(pair: Path, data: Path) -> pd.DataFrame:
-    """Behaviour of every shipped model under every prompt condition on the evaluation split."""
+    """Behaviour of `measured_models` under every prompt condition on the evaluation split."""
     records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
     rows = []
-    folders = model_folders(pair)
-    for name, folder in tqdm(folders.items(), desc="measuring"):
+    for name, folder in tqdm(measured_models(pair).items(), desc="measuring"):
         model, tokenizer = load_model(folder), load_tokenizer(folder)
         for condition, (style, prefill, temperature) in CONDITIONS.items():
             frame = evaluation.evaluate(
@@ -89,10 +96,8 @@ def write(pair: Path, data: Path) -> None:
     (pair / "README.md").write_text(text(pair, table), encoding="utf-8")
 
 
-def _lines(table: pd.DataFrame, models: list[str]) -> str:
-    chosen = table[
-        table.model.isin(models) & table.metric.isin(["lenient", "strict", "irrelevance"])
-    ]
+def _lines(table: pd.DataFrame) -> str:
+    chosen = table[table.metric.isin(["lenient", "strict", "irrelevance"])]
     lines = [
         "| model | prompt | tools | metric | rate | 95 % CI (Wilson) | n |",
         "|---|---|---|---|---|---|---|",
@@ -111,10 +116,6 @@ def text(pair: Path, table: pd.DataFrame) -> str:
     base = folders["base"]
     config = json.loads((base / "config.json").read_text())
     parameters = sum(p.numel() for p in load_model(base).parameters())
-    finals = [
-        "base",
-        *[max((m for m in folders if m.startswith(f"{k}/")), key=str) for k in ("sft", "rl")],
-    ]
     size = sum(f.stat().st_size for f in pair.rglob("*") if f.is_file()) / 1e6
     weights = {n: f / "model.safetensors" for n, f in folders.items()}
     models = "\n".join(
@@ -146,10 +147,9 @@ fixed prompt is the style `{prompts.FIXED_STYLE}`. Both were chosen on the selec
 ## Measured behaviour
 
 On the evaluation split, on the files shipped here. `lenient`, `strict`: prompts whose gold has a
-call; `irrelevance`: no call where the gold has none. `behaviour.csv` has every model, prompt and
-metric.
+call; `irrelevance`: no call where the gold has none. `behaviour.csv` has every metric.
 
-{_lines(table, [*finals, model_a])}
+{_lines(table)}
 
 ## Files
 

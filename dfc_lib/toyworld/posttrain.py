@@ -24,13 +24,13 @@ from dfc_lib.scoring import toolrl_reward
 class GrpoConfig:
     """GRPO: one optimiser step per batch of `n_prompts` groups of `group_size` completions."""
 
-    steps: int = 96
+    steps: int = 64
     n_prompts: int = 10
     group_size: int = 8
     learning_rate: float = 1e-4
     warmup: int = 5
     max_new_tokens: int = 72
-    save_at: tuple[int, ...] = (4, 8, 12, 16, 24, 32, 48, 64, 96)
+    save_at: tuple[int, ...] = (4, 8, 12, 16, 18, 20, 22, 24, 32, 48, 64)
     seed: int = 0
 
 

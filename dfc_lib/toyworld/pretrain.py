@@ -28,7 +28,7 @@ class PretrainConfig:
     n_kv_heads: int = 2  # grouped queries, as in Qwen2.5
     row_length: int = 384
     batch_size: int = 16  # rows
-    steps: int = 3_000
+    steps: int = 3_300
     first_phase: int = 1_400  # steps on documents in which each tool has one name
     warmup: int = 100
     muon_lr: float = 4e-3  # hidden matrices
