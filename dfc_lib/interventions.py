@@ -390,7 +390,8 @@ def random_directions(
         values, vectors = torch.linalg.eigh((c + c.T) / 2)
         if values[0] < -1e-5 * values[-1].abs() or values[-1] <= 0:
             raise ValueError("covariance is not positive semi-definite.")
-        z = (z * values.clamp_min(0).sqrt()) @ vectors.T
+        # The symmetric root is unique, whatever signs and order the eigenvectors come in.
+        z = z @ (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     return [RandomDirection(like, (u / u.norm()).float()) for u in z]
 
 

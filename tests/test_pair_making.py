@@ -1,0 +1,100 @@
+"""How the embedded pair is made, at a size of seconds: resuming, checkpoints, the reward in use."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dfc_lib.pair import load_model, load_tokenizer
+from dfc_lib.toyworld import posttrain, pretrain, world
+
+TINY = pretrain.PretrainConfig(
+    n_layers=2,
+    d_model=32,
+    d_mlp=64,
+    n_heads=2,
+    n_kv_heads=1,
+    row_length=64,
+    batch_size=2,
+    steps=6,
+    first_phase=3,
+    warmup=2,
+    save_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    pretrain.make_tokenizer(folder, seed=0, n_documents=200)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    return pretrain.pretrain(TINY, tokenizer, folder, folder / "log.jsonl")
+
+
+def test_tags_are_single_tokens_that_decoding_keeps(tokenizer):
+    text = "<think>\nx\n</think>\n<tool_call>\n{}\n</tool_call>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len([i for i in ids if tokenizer.decode([i]).startswith(("<", "</"))]) == 4
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_template_writes_the_chats_of_pretraining(tokenizer):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == world.chat(messages)
+
+
+def test_interrupted_pretraining_ends_bit_identical(tokenizer, base, tmp_path, monkeypatch):
+    """A run cut off between two saves goes on from the last one."""
+
+    class Cut(Exception):
+        pass
+
+    saved = pretrain._save
+
+    def save_then_cut(path, model, optimizers, step):
+        saved(path, model, optimizers, step)
+        if step == 4:
+            raise Cut
+
+    monkeypatch.setattr(pretrain, "_save", save_then_cut)
+    with pytest.raises(Cut):
+        pretrain.pretrain(TINY, tokenizer, tmp_path, tmp_path / "log.jsonl")
+    monkeypatch.undo()
+    final = pretrain.pretrain(TINY, tokenizer, tmp_path, tmp_path / "log.jsonl")
+    ours, whole = (load_file(f / "model.safetensors") for f in (final, base))
+    assert all(torch.equal(ours[k], whole[k]) for k in whole)
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_posttraining_writes_bf16_checkpoints_and_a_log(method, base, tokenizer, tmp_path):
+    tasks = world.draw_records("rl", 8, seed=0)
+    config, train = {
+        "grpo": (
+            replace(posttrain.GrpoConfig(), steps=2, n_prompts=2, group_size=2, max_new_tokens=4),
+            posttrain.grpo,
+        ),
+        "sft": (replace(posttrain.SftConfig(), steps=2, batch_size=2), posttrain.sft),
+    }[method]
+    last = train(base, tokenizer, tasks, replace(config, save_at=(1, 2)), tmp_path / "run")
+    assert last.name == "step_0002"
+    state = load_file(last / "model.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}
+    assert load_model(last).config.hidden_size == TINY.d_model
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {1, 2} <= {r["step"] for r in rows}
+    key = "reward" if method == "grpo" else "loss"
+    assert any(key in r for r in rows)
+
+
+def test_rewards_are_toolrls():
+    record = next(r for r in world.draw_records("rl", 20, seed=0) if r.kind == "call")
+    answers = [record.gold, "I cannot do that."]
+    assert posttrain.format_reward(answers, [record.gold] * 2) == [1.0, 0.0]
+    assert posttrain.correctness_reward(answers, [record.gold] * 2) == [3.0, -3.0]
