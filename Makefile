@@ -98,10 +98,15 @@ environment:
 	if [ -e .venv/.complete ]; then mv .venv/.complete .venv/.making; fi; \
 	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
 	if ! $$indexed; then $(python) -m pip uninstall -q -y torch; fi; \
-	$(python) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
-		"$$(grep '^torch==' requirements.lock)"; \
-	$(python) -m pip install -r requirements.lock; \
-	$(python) -m pip install --no-deps --no-build-isolation -e .; \
+	{ $(python) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+			"$$(grep '^torch==' requirements.lock)" \
+		&& $(python) -m pip install -r requirements.lock \
+		&& $(python) -m pip install --no-deps --no-build-isolation -e .; \
+	} || { \
+		rm -f .venv/.making; \
+		echo "error: pip failed, see above; what it did is kept, and make goes on from there" >&2; \
+		exit 1; \
+	}; \
 	if [ -n '$(TORCH_INDEX)' ]; then echo '$(TORCH_INDEX)' > .venv/.torch-index; fi; \
 	rm -f .venv/.making; \
 	cat requirements.lock pyproject.toml > .venv/.complete
