@@ -17,6 +17,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -28,6 +29,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dfc_lib import paths
+from dfc_lib.activations import Activations
 from dfc_lib.crosscoder import (
     VARIANTS,
     Crosscoder,
@@ -42,6 +45,7 @@ from dfc_lib.crosscoder import (
     weigh,
 )
 from dfc_lib.paths import write_atomically
+from dfc_lib.profiles import Profile
 
 TRAINING_VERSION = 1  # raise it when the same configuration would train to different weights
 STATE_FILE, RUN_FILE, METRICS_FILE = "state.safetensors", "run.json", "metrics.csv"
@@ -181,6 +185,85 @@ def get_or_train(
     return train(
         config, activations() if callable(activations) else activations, directory, labels, progress
     )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The crosscoders that the notebooks share: a protocol, trained on one of the caches of 01.
+
+    >>> reference = Reference(profiles.get("toy"))
+    >>> dfc = reference.get(seed=0)  # trained the first time, loaded from then on
+    >>> tied = Reference(profiles.get("toy"), tie_shared=True).get(seed=0)
+
+    Attributes:
+        profile: sets the sizes and the budget.
+        protocol: ``calibrated``, a stored Normaliser, the exclusive-only penalty and the auxiliary
+            loss; or ``published`` (arXiv 2606.26474), z-scores per dataset and model that are not
+            stored, the published loss and no auxiliary term.
+        vectors: which cache it learns from: ``all`` token positions but the first, or the ``last``
+            token of each text; by default ``all`` when calibrated and ``last`` when published.
+        partition: by default a DFC with the profile's exclusive share.
+        tie_shared: one decoder row per shared feature for both models.
+        exclusive_coef: penalty on the exclusive features.
+        progress: show a bar while training.
+    """
+
+    profile: Profile
+    protocol: Literal["calibrated", "published"] = "calibrated"
+    vectors: Literal["all", "last", ""] = ""
+    partition: Partition | None = None
+    tie_shared: bool = False
+    exclusive_coef: float = 0.0
+    progress: bool = True
+
+    def __post_init__(self):
+        if self.protocol not in ("calibrated", "published"):
+            raise ValueError(f"protocol={self.protocol!r}: 'calibrated' or 'published'")
+        if self.vectors not in ("all", "last", ""):
+            raise ValueError(f"vectors={self.vectors!r}: 'all' or 'last'")
+
+    @cached_property
+    def activations(self) -> Activations:
+        """The cache it learns from."""
+        vectors = self.vectors or ("all" if self.protocol == "calibrated" else "last")
+        return Activations.open(paths.build(self.profile.name, "activations", f"train_{vectors}"))
+
+    def config(self, seed: int = 0) -> TrainConfig:
+        """The configuration of one run."""
+        p, published = self.profile, self.protocol == "published"
+        return TrainConfig(
+            self.partition or Partition.dedicated(p.dict_size, p.exclusive_share),
+            k=p.k,
+            steps=p.steps,
+            batch_size=p.batch_size,
+            lr=p.learning_rate,
+            tie_shared=self.tie_shared,
+            exclusive_coef=self.exclusive_coef,
+            variant="published" if published else "exclusive_only",
+            aux_coef=0.0 if published else TrainConfig.aux_coef,
+            normalise="zscore_unstored" if published else "per_model_scalar",
+            device=p.device,
+            seed=seed,
+        )
+
+    def get(self, seed: int = 0) -> Crosscoder:
+        """The crosscoder of a seed, by ``get_or_train``."""
+        labels = None
+        if self.protocol == "published":
+            labels = self.activations.rows["source"].factorize(sort=True)[0]
+        return get_or_train(
+            self.config(seed),
+            self.activations,
+            paths.build(self.profile.name),
+            self.activations.key,
+            labels=labels,
+            progress=self.progress,
+        )
+
+    def metrics(self, seed: int = 0) -> pd.DataFrame:
+        """What ``load_metrics`` gives for the run of a seed."""
+        build = paths.build(self.profile.name)
+        return load_metrics(run_directory(self.config(seed), build, self.activations.key))
 
 
 def run_directory(config: TrainConfig, build_dir: str | Path, data_key: str) -> Path:

@@ -8,13 +8,16 @@ import signal
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib import training
+from dfc_lib import activations, profiles, training
 from dfc_lib.crosscoder import Normaliser, Partition, TrainingCrosscoder
+from dfc_lib.pair import Pair
 from dfc_lib.training import (
+    Reference,
     TrainConfig,
     config_key,
     fidelity,
@@ -23,6 +26,7 @@ from dfc_lib.training import (
     run_directory,
     train,
 )
+from tests.test_pair import qwen
 
 D_MODEL, N = 8, 150
 CONFIG = TrainConfig(
@@ -474,3 +478,27 @@ def test_learning_rate_rises_and_falls_linearly():
     np.testing.assert_allclose(rates[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
     assert set(rates[5:30]) == {1.0}
     np.testing.assert_allclose(rates[-2:], [0.2, 0.1])
+
+
+def test_a_reference_trains_from_its_cache_and_the_protocols_differ(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path))
+    pair = Pair({"A": qwen(0), "B": qwen(1)}, None, 1)
+    ids = [[3 + (i * j) % 40 for j in range(1, 9)] for i in range(24)]
+    meta = pd.DataFrame({"source": ["tool"] * 12 + ["neutral"] * 12})
+    for name, positions in (("train_all", "all"), ("train_last", "last")):
+        activations.cache(
+            pair, ids, tmp_path / "smoke" / "activations" / name, positions=positions, meta=meta
+        )
+    profile = dataclasses.replace(profiles.get("smoke"), dict_size=20, k=2, steps=3, batch_size=8)
+    calibrated = Reference(profile, progress=False)
+    published = Reference(profile, "published", progress=False)
+    assert calibrated.activations.positions == "all"
+    assert published.activations.positions == "last"
+    assert not calibrated.get().normaliser.is_identity
+    assert published.get().normaliser.is_identity
+    assert calibrated.get().cfg.tie_shared is False
+    tied = Reference(profile, tie_shared=True, vectors="last", progress=False)
+    assert tied.get(seed=1).cfg.tie_shared is True
+    assert tied.metrics(seed=1).step.tolist() == [1, 3]
+    with pytest.raises(ValueError, match="protocol='other'"):
+        Reference(profile, "other")
