@@ -80,8 +80,7 @@ def evaluate(
     else:
         texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
     ids = prompts.encode(tokenizer, texts)
-    logits = generation.first_token_logits(model, ids, batch_size=batch_size)
-    sampled = generation.sample(
+    sampled, logits = generation.sample(
         model,
         ids,
         temperature=temperature,

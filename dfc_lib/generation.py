@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -384,6 +384,15 @@ def first_token_logits(
     return out
 
 
+class Samples(NamedTuple):
+    """Continuations without the end token, ``tokens[prompt][sample]``, and what the first tokens
+    were drawn from, float32 on the CPU.
+    """
+
+    tokens: list[list[list[int]]]
+    first_logits: Float[Tensor, "prompt vocab"]
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -395,8 +404,8 @@ def sample(
     eos: int | Sequence[int] | None = None,
     batch_size: int = 256,
     progress: bool = False,
-) -> list[list[list[int]]]:
-    """``n`` continuations of each prompt (token ids), without the end token: ``[prompt][sample]``.
+) -> Samples:
+    """``n`` continuations of each prompt (token ids).
 
     ``temperature=0`` is greedy (then ``n`` must be 1). ``eos`` defaults to the model's own end
     tokens. A sample depends on ``seed`` and on its place in the list, not on ``batch_size``: each
@@ -411,6 +420,7 @@ def sample(
     draws = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), n, max_new_tokens, generator=draws, dtype=torch.float64)
     out: list[list[list[int]]] = [[] for _ in prompts]
+    first = torch.empty(len(prompts), model.lm_head.weight.shape[0])
 
     def work(items: list[int], _size: int) -> list[int]:
         ids, lengths = _pad_right([prompts[i] for i in items], device)
@@ -421,6 +431,8 @@ def sample(
         group = torch.arange(len(items), device=device).repeat_interleave(n)
         prefixes = dict.fromkeys(target.lower, _Prefix(record.kv, lengths, group))
         u = uniform[items].flatten(0, 1).to(device)  # (row, step)
+        logits = target.logits(last[:, None])
+        first[items] = logits.cpu()
 
         def draw(logits: Tensor, rows: Tensor, step: int) -> Tensor:
             cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
@@ -429,7 +441,7 @@ def sample(
 
         rolled = _rollout(
             target,
-            target.logits(last[:, None]).repeat_interleave(n, 0),
+            logits.repeat_interleave(n, 0),
             lengths[group],
             _Suffix(),
             prefixes,
@@ -446,7 +458,7 @@ def sample(
     with _shared_prefix_attention([model]), _bar(len(prompts), "prompts", progress) as bar:
         for items in in_chunks(order, lambda _: n, batch_size, work):
             bar.update(len(items))
-    return out
+    return Samples(out, first)
 
 
 def _prepared(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.device, list[int]]:

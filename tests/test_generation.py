@@ -380,16 +380,18 @@ def huggingface_greedy(model, prompt, n):
 )
 def test_greedy_sampling_equals_huggingface(prompts, kind, config):
     model = tiny(2, kind, config)
-    got = gen.sample(model, prompts, temperature=0, max_new_tokens=12, eos=ENDS, batch_size=5)
+    got = gen.sample(
+        model, prompts, temperature=0, max_new_tokens=12, eos=ENDS, batch_size=5
+    ).tokens
     assert [g[0] for g in got] == [huggingface_greedy(model, p, 12) for p in prompts]
     assert len({len(g[0]) for g in got}) > 2  # rows left the batch at different steps
 
 
 def test_end_tokens_default_to_the_models_own(pair, prompts):
     model = tiny(2, eos_token_id=ENDS)
-    default = gen.sample(model, prompts, temperature=0, max_new_tokens=6)
-    assert default == gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=ENDS)
-    assert default != gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=[])
+    default = gen.sample(model, prompts, temperature=0, max_new_tokens=6).tokens
+    assert default == gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=ENDS).tokens
+    assert default != gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=[]).tokens
 
 
 def test_first_token_logits_equal_huggingface(pair, prompts):
@@ -398,6 +400,8 @@ def test_first_token_logits_equal_huggingface(pair, prompts):
         want = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts])
     got = gen.first_token_logits(model, prompts, batch_size=5)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    sampled = gen.sample(model, prompts, n=2, max_new_tokens=1, batch_size=6).first_logits
+    torch.testing.assert_close(sampled, want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -407,7 +411,7 @@ def test_samples_follow_the_distribution(temperature):
     prompt = [5, 6, 7, 8]
     got = gen.sample(
         model, [prompt], temperature, n=4000, max_new_tokens=2, eos=[], batch_size=4000
-    )
+    ).tokens
     with torch.no_grad():
         p = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
     first = torch.bincount(torch.tensor([s[0] for s in got[0]]), minlength=VOCAB) / 4000
@@ -423,7 +427,7 @@ def test_samples_follow_the_distribution(temperature):
 
 def test_samples_depend_on_the_seed_not_on_the_batch(pair, prompts):
     model = pair.models["A"]
-    draw = lambda **k: gen.sample(model, prompts, n=3, max_new_tokens=6, **k)  # noqa: E731
+    draw = lambda **k: gen.sample(model, prompts, n=3, max_new_tokens=6, **k).tokens  # noqa: E731
     assert draw(seed=1) == draw(seed=1, batch_size=4)
     assert draw(seed=1) != draw(seed=2)
     several = draw(seed=1)

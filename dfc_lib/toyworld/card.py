@@ -14,11 +14,11 @@ from dfc_lib.pair import load_model, load_tokenizer, sha256
 from dfc_lib.toyworld import posttrain, pretrain
 
 # Prompt conditions: name -> (style, prefill, temperature)
+FOR_EVERY_SEED = ("fixed", "training")
 CONDITIONS = {
     "fixed": (prompts.FIXED_STYLE, "", 0.0),
     "fixed, T = 1": (prompts.FIXED_STYLE, "", 1.0),
     "training": (prompts.TRAINING_STYLES[0], "", 0.0),
-    "training, T = 1": (prompts.TRAINING_STYLES[0], "", 1.0),
     "eliciting": (prompts.ELICITING_STYLE, "", 0.0),
     "prefilled": (prompts.FIXED_STYLE, "<think>\n", 0.0),
 }
@@ -76,12 +76,16 @@ def measured_models(pair: Path) -> dict[str, Path]:
 
 
 def measure(pair: Path, data: Path) -> pd.DataFrame:
-    """Behaviour of `measured_models` under every prompt condition on the evaluation split."""
+    """Behaviour of `measured_models` on the evaluation split: under every prompt condition, the
+    further RL seeds under those of `FOR_EVERY_SEED`.
+    """
     records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
     rows = []
     for name, folder in tqdm(measured_models(pair).items(), desc="measuring"):
         model, tokenizer = load_model(folder), load_tokenizer(folder)
         for condition, (style, prefill, temperature) in CONDITIONS.items():
+            if name.startswith("rl_seed") and condition not in FOR_EVERY_SEED:
+                continue
             frame = evaluation.evaluate(
                 model, tokenizer, records, style, prefill=prefill, temperature=temperature
             )
