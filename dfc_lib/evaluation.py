@@ -5,9 +5,12 @@ log(1 - p(opener)), with the openers `<think>` and `<tool_call>`; greedy decodin
 exceeds the best other token. It is continuous where the rates are binary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +19,9 @@ from dfc_lib.prompts import Record
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from dfc_lib.interventions import Intervention
+    from dfc_lib.pair import Pair
 
 OPENERS = ("<think>", "<tool_call>")
 
@@ -28,10 +34,16 @@ def opener_ids(tokenizer) -> list[int]:
 
 def margin(logits: Float[Tensor, "*rows vocab"], openers: Sequence[int]) -> Float[Tensor, "*rows"]:
     """Log-odds of an opener at the first generated token, in nats."""
-    log_p = logits.double().log_softmax(-1)
-    log_open = log_p[..., list(openers)].logsumexp(-1)
-    others = [i for i in range(logits.shape[-1]) if i not in set(openers)]
-    return log_open - log_p[..., others].logsumexp(-1)
+    logits = logits.double()
+    others = torch.ones(logits.shape[-1], dtype=torch.bool)
+    others[list(openers)] = False
+    return logits[..., list(openers)].logsumexp(-1) - logits[..., others].logsumexp(-1)
+
+
+def margin_of(opener_logprobs: Float[Tensor, "*rows opener"]) -> Float[Tensor, "*rows"]:
+    """The same from the openers' log-probabilities alone, which must be in double precision."""
+    log_open = opener_logprobs.double().logsumexp(-1)
+    return log_open - (-torch.expm1(log_open.clamp(max=-1e-300))).log()
 
 
 def score(record: Record, response: str) -> dict[str, float]:
@@ -104,5 +116,55 @@ def evaluate(
                 "margin": m,
             }
             | score(record, response)
+        )
+    return pd.DataFrame(rows)
+
+
+def intervene(
+    pair: "Pair",
+    target: str,
+    records: Sequence[Record],
+    interventions: "Mapping[str, Intervention]",
+    *,
+    style: str = prompts.FIXED_STYLE,
+    prefill: str = "",
+    position: generation.Position = "last",
+    max_new_tokens: int = 80,
+    batch_size: int = 512,
+    out_dir: str | Path | None = None,
+    progress: bool = True,
+) -> "pd.DataFrame":
+    """Greedy behaviour of model `target` on records under every intervention (see
+    `generation.generate`, which also explains `position`, `batch_size` and `out_dir`).
+
+    Returns:
+        one line per (record, cell), records outermost: `prompt` (index of the record), `cell`,
+        `delta` (||delta|| / ||h||), `response`, `margin`, and the columns of `score`.
+    """
+    import pandas as pd
+
+    if not records:
+        raise ValueError("records is empty; there is nothing to generate")
+    texts = [prompts.chat_text(pair.tokenizer, r, style, prefill) for r in records]
+    generated = generation.generate(
+        pair,
+        target,
+        prompts.encode(pair.tokenizer, texts),
+        interventions,
+        position=position,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        readout=opener_ids(pair.tokenizer),
+        out_dir=out_dir,
+        progress=progress,
+    )
+    margins = margin_of(torch.from_numpy(np.stack(generated.first_logprobs)))
+    rows = []
+    for row, m in zip(generated.itertuples(), margins.tolist(), strict=True):
+        response = prefill + pair.tokenizer.decode(row.tokens)
+        rows.append(
+            {"prompt": row.prompt, "cell": row.cell, "delta": row.delta}
+            | {"response": response, "margin": m}
+            | score(records[row.prompt], response)
         )
     return pd.DataFrame(rows)

@@ -515,7 +515,7 @@ def generate(
     Returns:
         One line per (prompt, cell), prompts outermost: ``prompt`` (index), ``cell`` (name),
         ``tokens`` (list of ids), ``finished`` (an end token came), ``delta`` (mean ||delta||/||h||
-        over the prompt positions acted on), ``first_logprobs`` (float32 array, as ``readout``).
+        over the prompt positions acted on), ``first_logprobs`` (float64 array, as ``readout``).
 
     Raises:
         ValueError: an argument is unusable; the message names it.
@@ -715,7 +715,8 @@ class _Grid:
     def _records(
         self, pairs: list, rolled: list, logits: Tensor, ratios: Tensor, row_of: Sequence[int]
     ) -> dict[tuple[int, int], dict]:
-        logprobs = logits.log_softmax(-1)[:, self.readout].cpu().numpy()
+        # In double, so that 1 - p of a likely token keeps its digits.
+        logprobs = logits.double().log_softmax(-1)[:, self.readout].cpu().numpy()
         return {
             pair: {
                 "tokens": rolled[row][0],

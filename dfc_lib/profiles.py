@@ -40,6 +40,7 @@ class Profile:
     batch_size: int  # activation vectors (rows with all models' streams) per step
     learning_rate: float  # Adam's, at its peak
     seeds: tuple[int, ...]  # crosscoder seeds wherever a claim rests on one crosscoder
+    many_seeds: int  # crosscoder seeds where the claim is in how many seeds something happens
     n_random_directions: int  # norm-matched random directions per control
     n_bootstrap: int  # bootstrap resamples per interval
     batch_generation: int  # prompts generated for at once
@@ -94,6 +95,7 @@ _TOY = Profile(
     batch_size=512,
     learning_rate=1e-3,
     seeds=(0, 1, 2),
+    many_seeds=10,
     n_random_directions=100,
     n_bootstrap=2_000,
     batch_generation=128,
@@ -118,6 +120,7 @@ PROFILES: dict[str, Profile] = {
         steps=60,
         batch_size=128,
         seeds=(0, 1),
+        many_seeds=2,
         n_random_directions=4,
         n_bootstrap=200,
         batch_generation=32,
@@ -141,6 +144,7 @@ PROFILES: dict[str, Profile] = {
         steps=9_000,
         batch_size=1_024,
         learning_rate=1e-4,
+        many_seeds=3,
         batch_generation=32,
         dtype="bfloat16",
         device="cuda",

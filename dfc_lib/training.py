@@ -266,6 +266,20 @@ class Reference:
         return load_metrics(run_directory(self.config(seed), build, self.activations.key))
 
 
+def references(profile: Profile, progress: bool = True) -> dict[str, Reference]:
+    """The DFCs that the notebooks compare, by name: what they learn from, and whether the shared
+    decoder rows are tied; and the published recipe.
+    """
+    variants = {
+        f"{vectors} {'tied' if tied else 'untied'}": Reference(
+            profile, vectors=vectors, tie_shared=tied, progress=progress
+        )
+        for vectors in ("all", "last")
+        for tied in (False, True)
+    }
+    return variants | {"published": Reference(profile, "published", progress=progress)}
+
+
 def run_directory(config: TrainConfig, build_dir: str | Path, data_key: str) -> Path:
     """Where ``get_or_train`` keeps a run."""
     return Path(build_dir) / "crosscoders" / config_key(config, data_key)

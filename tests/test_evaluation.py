@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from dfc_lib import evaluation
+from dfc_lib import evaluation, paths, profiles, prompts
+from dfc_lib.interventions import Clean, OtherModel
+from dfc_lib.pair import load_pair
 from dfc_lib.toyworld import world
 
 
@@ -27,3 +29,30 @@ def test_score_of_gold_and_of_a_hedge():
     assert (gold["lenient"], gold["strict"], gold["reward"]) == (1, 1, 4)
     hedge = evaluation.score(record, "I cannot do that.")
     assert (hedge["lenient"], hedge["called"], hedge["reward"]) == (0, 0, -3)
+
+
+@pytest.mark.parametrize("shift", [-60.0, -3.0, 0.0, 5.0, 25.0])
+def test_margin_from_the_openers_alone_equals_the_margin(shift):
+    logits = torch.tensor([shift, 0.0, shift - 1, -0.5])
+    log_p = logits.double().log_softmax(-1)[[0, 2]]
+    assert evaluation.margin_of(log_p).item() == pytest.approx(
+        evaluation.margin(logits, [0, 2]).item(), abs=1e-4
+    )
+
+
+def test_intervening_with_nothing_equals_evaluating():
+    """Two paths to the same behaviour: the engine's clean cell, and plain sampling at T = 0."""
+    profile = profiles.get("smoke")
+    locations = {"A": profile.location(profile.model_a), "B": profile.location(profile.model_b)}
+    pair = load_pair(locations, profile.layer)
+    records = prompts.read_records(paths.DATA / "prompts" / "selection.jsonl")[:12]
+    cells = {"clean": Clean(), "the base's activation": OtherModel(1)}
+    got = evaluation.intervene(pair, "A", records, cells, progress=False)
+    clean = got[got.cell == "clean"].reset_index(drop=True)
+    want = evaluation.evaluate(pair.models["A"], pair.tokenizer, records, prompts.FIXED_STYLE)
+    assert clean.response.tolist() == want.response.tolist()
+    assert clean.lenient.tolist() == want.lenient.tolist()
+    assert clean.margin.tolist() == pytest.approx(want.margin.tolist(), abs=1e-3)
+    assert (got[got.cell != "clean"].delta > 0).all()
+    with pytest.raises(ValueError, match="records is empty"):
+        evaluation.intervene(pair, "A", [], cells, progress=False)

@@ -9,7 +9,6 @@ import shutil
 import time
 from pathlib import Path
 
-
 from dfc_lib import paths, prompts
 from dfc_lib.pair import load_tokenizer, write_checksums
 from dfc_lib.toyworld import card, posttrain, pretrain, world
