@@ -31,7 +31,7 @@ class Profile:
     n_neutral_texts: int  # neutral texts held against the tool prompts when features are ranked
     n_ranking: int  # prompts of the ranking split (features are ordered on these)
     n_selection: int  # prompts of the selection split (the best cell is chosen on these)
-    n_evaluation: int  # prompts of the evaluation split (every reported rate is on these)
+    n_evaluation: int  # prompts of the evaluation split that the models are measured on
     n_steering: int  # of these, with a gold call, how many a grid of interventions runs on
     dict_size: int  # crosscoder features D, all blocks together
     k: int  # features kept active per vector by TopK
@@ -86,7 +86,7 @@ _TOY = Profile(
     n_neutral_texts=1_000,
     n_ranking=800,
     n_selection=400,
-    n_evaluation=900,
+    n_evaluation=500,
     n_steering=200,
     dict_size=1_024,
     k=16,
