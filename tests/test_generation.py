@@ -22,10 +22,13 @@ from transformers import (
 
 from dfc_lib import generation as gen
 from dfc_lib import interventions as iv
+from dfc_lib import paths, profiles
 from dfc_lib.activations import residual
 from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
 from dfc_lib.interventions import Codec
-from dfc_lib.pair import Pair, PairError
+from dfc_lib.pair import Pair, PairError, load_pair
+from dfc_lib.prompts import FIXED_STYLE, chat_text, encode, read_records
+from dfc_lib.training import TrainConfig, train
 
 EOS, VOCAB, WIDTH = 3, 96, 64
 ENDS = list(range(8))  # several end tokens, so that rows of a random model stop at various steps
@@ -80,7 +83,7 @@ def make_grid(crosscoder):
     block = tuple(range(19))
     steer = iv.Steer(codec, block, 4.0)
     torch.manual_seed(5)
-    mean, difference = torch.randn(2, WIDTH) * 10
+    mean, difference = torch.randn(2, crosscoder.d_model) * 10
     return {
         "clean": iv.Clean(),
         "reconstruction": iv.Reconstruction(codec),
@@ -98,7 +101,7 @@ def make_grid(crosscoder):
         "mean patch": iv.Patch(mean),
         "difference": iv.AddVector(difference, 2.0),
         "other model": iv.OtherModel(1),
-        "random direction": iv.random_directions(steer, 1, WIDTH)[0],
+        "random direction": iv.random_directions(steer, 1, crosscoder.d_model)[0],
         "random features": iv.RandomFeatures(codec, "shared", steer, size=3),
     }
 
@@ -160,6 +163,18 @@ def test_engine_equals_the_plain_loop_at_the_last_token(pair, prompts, grid, tab
     compare_with_reference(pair, prompts, grid, table, "last", 8)
 
 
+def test_the_grid_has_every_kind(grid):
+    """A new kind of intervention must join the grid that the tests here run on."""
+    kinds, found = [iv.Intervention], set()
+    while kinds:
+        below = (kind := kinds.pop()).__subclasses__()
+        kinds += below
+        if not below and kind.__module__ == iv.__name__:
+            found.add(kind)
+    assert len(found) >= 11
+    assert found == {type(cell) for cell in grid.values()}
+
+
 @pytest.mark.parametrize("position", ["every", "every_but_first"])
 def test_engine_equals_the_plain_loop_at_every_token(pair, prompts, grid, position):
     """Here the intervention also acts on the tokens generated, through both models' streams."""
@@ -199,6 +214,53 @@ def test_out_of_memory_backs_off(pair, prompts, grid, table, monkeypatch):
     monkeypatch.setattr(gen._Stream, "logits", short_of_memory)
     with pytest.warns(UserWarning, match="out of memory: going on with batch_size="):
         same(run(pair, prompts, grid, max_new_tokens=8, batch_size=100), table)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The shipped pair, evaluation prompts with a gold call, and the grid of a quick crosscoder."""
+    profile = profiles.get("toy")
+    names = {"A": profile.model_a, "B": profile.model_b}
+    pair = load_pair(
+        {name: profile.location(where) for name, where in names.items()}, profile.layer
+    )
+    records = read_records(paths.DATA / "prompts" / "evaluation.jsonl")
+    records = [record for record in records if record.kind == "call"][:40]
+    prompts = encode(pair.tokenizer, [chat_text(pair.tokenizer, r, FIXED_STYLE) for r in records])
+    texts = [torch.tensor([p]) for p in prompts]
+    h = [
+        torch.stack([residual(m, pair.layer, i)[0, 1:] for m in pair.models.values()], 1)
+        for i in texts
+    ]
+    config = TrainConfig(Partition.dedicated(96, 0.2), 12, steps=150, batch_size=256, lr=3e-3)
+    folder = tmp_path_factory.mktemp("crosscoder") / "run"
+    crosscoder = train(config, torch.cat(h), folder, progress=False).requires_grad_(False)
+    return pair, prompts, make_grid(crosscoder)
+
+
+def test_engine_equals_the_plain_loop_on_the_shipped_pair(embedded):
+    """Long prompts, real answers: every kind of intervention on both models."""
+    pair, prompts, grid = embedded
+    for target, some in (("A", prompts[:2]), ("B", prompts[2:4])):
+        table = gen.generate(pair, target, some, grid, max_new_tokens=40, progress=False)
+        assert table["finished"].any()
+        for row in table.itertuples():
+            prompt, ids = some[row.prompt], torch.tensor([some[row.prompt]])
+            h = torch.stack([residual(m, pair.layer, ids)[0] for m in pair.models.values()], 1)
+            args = pair, target, prompt, grid[row.cell]
+            tokens, first = gen.generate_reference(*args, max_new_tokens=40, hidden=h)
+            assert row.tokens == tokens, (target, row.prompt, row.cell)
+            np.testing.assert_allclose(row.first_logprobs, first.log_softmax(-1), atol=1e-3)
+
+
+def test_no_ops_equal_clean_on_the_shipped_pair(embedded):
+    """alpha = 1 and reconstruction + error: token for token, where other cells differ."""
+    pair, prompts, grid = embedded
+    some = {name: grid[name] for name in ("clean", "alpha=1", "plus error", "mean patch")}
+    for target in pair.names:
+        table = gen.generate(pair, target, prompts, some, max_new_tokens=64, progress=False)
+        tokens = {cell: rows["tokens"].tolist() for cell, rows in table.groupby("cell")}
+        assert tokens["alpha=1"] == tokens["plus error"] == tokens["clean"] != tokens["mean patch"]
 
 
 def spy_on_work(monkeypatch):

@@ -130,7 +130,8 @@ def text(pair: Path, table: pd.DataFrame) -> str:
     return f"""# Data card: the embedded model pair
 
 One base model and what SFT and GRPO made of it, in Hugging Face layout (Qwen2 architecture, bf16
-safetensors). Made by `make pair` from generated text alone, no data from outside, in about two hours
+safetensors). Made by `make pair` from generated text alone, no data from outside, in about \
+two hours
 on two CPU cores. Licence: as the repository.
 
 | | |
