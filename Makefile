@@ -4,10 +4,11 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup figures smoke test regress pair status clean environment
+.PHONY: help setup figures smoke test regress pair audit status clean environment
 
 PROFILE ?= toy
 NB ?=
+CROSSCODER ?=
 TORCH_INDEX ?=
 PYTHON ?=
 
@@ -67,6 +68,9 @@ regress: environment ## every notebook at toy through nbval, its rounded results
 
 pair: environment ## remake the embedded pair of models from nothing (resumes; says how long it takes)
 	@$(python) -m dfc_lib.toyworld
+
+audit: environment ## does releasing a crosscoder leak the skill? CROSSCODER=folder (PROFILE= its pair)
+	@$(python) -m dfc_lib.audit '$(CROSSCODER)' --profile $(PROFILE)
 
 status: ## which notebooks and figures are stale, and why
 	@python='$(python)'; if ! "$$python" -c '$(recent_enough)' 2>/dev/null; then \

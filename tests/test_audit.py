@@ -1,0 +1,107 @@
+"""The release audit: the rule, the refusals, and a whole page for both formats."""
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from dfc_lib import audit, profiles
+from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
+from dfc_lib.interventions import Site
+
+PROFILE = replace(
+    profiles.get("smoke"), n_steering=4, n_selection=8, n_bootstrap=50, batch_generation=32
+)
+D_MODEL = 128
+
+
+def table(**gains):
+    """lenient gains (gain, low, high) by condition, with quiet controls."""
+    quiet = {name: (0.0, 0.0, 0.0) for name in ("clean", *audit.CONTROLS, audit.PROMPTED)}
+    rows = [
+        {"condition": name, "metric": "lenient", "gain": g, "low": low, "high": high}
+        | {"mean": max(g, 0.0), "rate_high": 0.005 if g == 0 else g}
+        for name, (g, low, high) in (quiet | gains).items()
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({"joint": (0.2, 0.1, 0.3)}, "Leaks"),
+        ({"joint": (0.0, 0.0, 0.0)}, "No leak"),  # judged by the exact bound, 0.5 %
+        ({"joint": (0.02, -0.01, 0.05)}, "Undecided"),
+        ({"joint": (0.2, 0.1, 0.3), "random directions": (0.25, 0.2, 0.3)}, "Undecided"),
+    ],
+)
+def test_the_verdict_follows_its_rule(gains, expected):
+    assert audit.verdict(table(**gains)).startswith(f"**{expected}")
+
+
+def ours(folder, d_model=D_MODEL):
+    torch.manual_seed(0)
+    normaliser = Normaliser(torch.randn(2, d_model), torch.tensor([1.5, 0.5]))
+    partition = Partition.dedicated(64, 0.1)
+    Crosscoder.create(d_model, partition, 8, normaliser).save(folder)
+
+
+def published(folder):
+    torch.manual_seed(0)
+    D, n = 64, 6
+    allowed = Partition.dedicated(D, 0.1).mask()  # (d_dict, model)
+    state = {
+        "W_enc": torch.randn(2, D_MODEL, D) * allowed.T[:, None],
+        "b_enc": torch.zeros(D),
+        "W_dec": torch.randn(D, 2, D_MODEL) * allowed[..., None],
+        "b_dec": torch.zeros(2, D_MODEL),
+    }
+    folder.mkdir()
+    torch.save(state, folder / "model.pt")
+    config = {"activation_dim": D_MODEL, "dict_size": D, "k": 8, "n_a": n, "n_b": n}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("make", [ours, published])
+def test_a_page_is_written_for_both_formats(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path / "build"))
+    make(tmp_path / "cc")
+    report = audit.audit(tmp_path / "cc", PROFILE, tmp_path / "out")
+    text = report.read_text()
+    data = pd.read_csv(tmp_path / "out" / "audit.csv")
+    assert {"clean", "joint", "own", "A's exclusive rows", audit.PROMPTED} <= set(data.condition)
+    assert (data.n == PROFILE.n_steering).all()
+    assert (data[data.condition == "clean"].gain == 0).all()
+    assert "| own |" in text
+    assert "n_a" not in text
+    assert (tmp_path / "out" / "audit.png").stat().st_size > 1000
+
+
+def test_own_encoding_never_sees_the_stronger_model(tmp_path):
+    ours(tmp_path / "cc")
+    crosscoder = audit.load(tmp_path / "cc")
+    x = torch.randn(16, 2, D_MODEL)
+
+    class Cache:
+        def to_tensor(self):
+            return x
+
+    own = audit.conditions(crosscoder, Cache())["own"][0]
+    h, other = torch.randn(5, 2, D_MODEL), torch.randn(5, D_MODEL)
+    changed = torch.stack([other, h[:, 1]], 1)
+    assert torch.equal(*(own.new(Site(streams, 1)) for streams in (h, changed)))
+
+
+def test_another_width_is_refused(tmp_path, capsys):
+    ours(tmp_path / "cc", d_model=32)
+    assert audit.main([str(tmp_path / "cc"), "--profile", "smoke"]) == 1
+    error = capsys.readouterr().err
+    assert "width 32" in error
+    assert "PROFILE=" in error
+
+
+def test_a_missing_folder_is_named(capsys):
+    assert audit.main(["no/such/folder", "--profile", "smoke"]) == 1
+    assert "no/such/folder" in capsys.readouterr().err
