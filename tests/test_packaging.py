@@ -20,7 +20,10 @@ from dfc_lib import __version__, paths
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DIRECT = [
     Requirement(text)
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+    for text in [
+        *PROJECT["dependencies"],
+        *(line for extra in ("test", "book") for line in PROJECT["optional-dependencies"][extra]),
+    ]
 ]
 PINS = {
     canonicalize_name(pin.name): pin
