@@ -4,7 +4,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup figures smoke test regress pair audit status clean environment
+.PHONY: help setup figures smoke test regress pair audit book status clean environment
 
 PROFILE ?= toy
 NB ?=
@@ -71,6 +71,17 @@ pair: environment ## remake the embedded pair of models from nothing (resumes; s
 
 audit: environment ## does releasing a crosscoder leak the skill? CROSSCODER=folder (PROFILE= its pair)
 	@$(python) -m dfc_lib.audit '$(CROSSCODER)' --profile $(PROFILE)
+
+# The pages are copied into the repository's own layout, so that links hold here as on GitHub.
+book: environment ## the notebooks as a website in build/book/html (nothing is executed)
+	rm -rf build/book/source
+	mkdir -p build/book/source/data/pair build/book/source/figures
+	cp -r book/_static book/conf.py book/index.md README.md CONTRIBUTING.md build/book/source
+	cp -r notebooks build/book/source/notebooks
+	cp data/pair/README.md build/book/source/data/pair
+	cp -r figures/*.png $(wildcard figures/dashboards) build/book/source/figures
+	$(python) -m sphinx -q -W --keep-going -b html build/book/source build/book/html
+	@echo "build/book/html/index.html"
 
 status: ## which notebooks and figures are stale, and why
 	@python='$(python)'; if ! "$$python" -c '$(recent_enough)' 2>/dev/null; then \
