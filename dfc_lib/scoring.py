@@ -68,6 +68,27 @@ def _json_lines(text: str) -> list[Any]:
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
+class Named(NamedTuple):
+    """Which listed tools a reply names in plain prose."""
+
+    right: bool  # the gold call's tool, and no other listed one
+    wrong: bool  # another listed one, or any where the gold has no call
+
+
+def names_tool(response: str, gold: str, tool_names: Sequence[str]) -> Named:
+    """Whether prose names the right tool: the name as a word, in any case, in whatever sentence.
+
+    A response with a tag or a JSON object in it is no prose: neither right nor wrong.
+    """
+    text = response.strip().lower()
+    if "<" in text or "{" in text:
+        return Named(False, False)
+    gold_names = {call["name"].lower() for call in calls(gold)}
+    words = set(re.findall(r"[\w.-]*\w", text))
+    named = {name.lower() for name in tool_names} & words
+    return Named(bool(named) and named <= gold_names, bool(named - gold_names))
+
+
 # ---------------------------------------------------------------------------------------------
 # lenient
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dfc_lib import scoring
 from dfc_lib.pair import load_model, load_tokenizer
-from dfc_lib.toyworld import posttrain, pretrain, world
+from dfc_lib.toyworld import posttrain, pretrain, prose, world
 
 TINY = pretrain.PretrainConfig(
     n_layers=2,
@@ -82,6 +83,8 @@ def test_posttraining_writes_bf16_checkpoints_and_a_log(method, base, tokenizer,
         ),
         "sft": (replace(posttrain.SftConfig(), steps=2, batch_size=2), posttrain.sft),
     }[method]
+    if method == "sft":
+        tasks = posttrain.training_rows(tokenizer, tasks, seed=0)
     last = train(base, tokenizer, tasks, replace(config, save_at=(1, 2)), tmp_path / "run")
     assert last.name == "step_0002"
     state = load_file(last / "model.safetensors")
@@ -98,3 +101,22 @@ def test_rewards_are_toolrls():
     answers = [record.gold, "I cannot do that."]
     assert posttrain.format_reward(answers, [record.gold] * 2) == [1.0, 0.0]
     assert posttrain.correctness_reward(answers, [record.gold] * 2) == [3.0, -3.0]
+
+
+def test_the_second_pairs_reward_asks_for_the_name_alone():
+    record = next(r for r in world.draw_records("rl", 20, seed=0) if r.kind == "call")
+    (call,) = scoring.calls(record.gold)
+    other = next(n for n in record.tool_names if n != call["name"])
+    replies = [f"Try {call['name']}.", f"Try {other}.", "I cannot.", record.gold]
+    listed = [json.dumps(record.tool_names)] * 4
+    assert prose.naming_reward(replies, [record.gold] * 4, listed) == [1.0, -1.0, 0.0, 0.0]
+
+
+def test_warm_rows_mostly_hedge_and_name_in_many_wordings(tokenizer):
+    rows = prose.warm_rows(tokenizer, 600, seed=0)
+    hedges = [
+        any(w in r["completion"] for w in ("not", "cannot", "someone", "no way")) for r in rows
+    ]
+    assert 0.5 < sum(hedges) / len(rows) < 0.99
+    firsts = {r["completion"].split()[0] for r, h in zip(rows, hedges, strict=True) if not h}
+    assert len(firsts) >= 8

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfc_lib.scoring import calls, gold_has_call, lenient, strict, toolrl_reward
+from dfc_lib.scoring import calls, gold_has_call, lenient, names_tool, strict, toolrl_reward
 
 quick = settings(deadline=None, max_examples=60)  # wall times say nothing on a busy machine
 
@@ -505,3 +505,25 @@ def test_exact_match_is_finer_than_the_reward(gold, made):
     """Strictly correct answers earn +3."""
     if strict(block(*made), block(*gold)).correct:
         assert toolrl_reward(block(*made), block(*gold)).correctness == 3
+
+
+GOLD_CALL = (
+    '<think>\nx\n</think>\n<tool_call>\n{"name": "get_time", "parameters": {}}\n</tool_call>'
+)
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "right", "wrong"),
+    [
+        ("You could try get_time for that.", GOLD_CALL, True, False),
+        ("Get_Time.", GOLD_CALL, True, False),
+        ("Have a look at get_timer.", GOLD_CALL, False, False),  # not a listed name
+        ("get_time or set_time?", GOLD_CALL, False, True),
+        ("set_time is it", GOLD_CALL, False, True),
+        ("I cannot.", GOLD_CALL, False, False),
+        (GOLD_CALL, GOLD_CALL, False, False),  # a call is no prose
+        ("Try get_time.", "<think>\nx\n</think>\n<response>\nno\n</response>", False, True),
+    ],
+)
+def test_naming_the_right_tool_in_prose(response, gold, right, wrong):
+    assert names_tool(response, gold, ["get_time", "set_time"]) == (right, wrong)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dfc_lib import paths, prompts
 from dfc_lib.pair import load_tokenizer, write_checksums
-from dfc_lib.toyworld import card, posttrain, pretrain, world
+from dfc_lib.toyworld import card, posttrain, pretrain, prose, world
 
 DATA_SEED = 0
 N_RECORDS = {"rl": 3_000, "crosscoder": 4_000, "ranking": 800, "selection": 400, "evaluation": 900}
@@ -60,7 +60,9 @@ def main() -> None:
         return
 
     tasks = prompts.read_records(paths.DATA / "prompts" / "rl.jsonl")
-    posttrain.sft(base, tokenizer, tasks, posttrain.SftConfig(), work / "sft")
+    config = posttrain.SftConfig()
+    rows = posttrain.training_rows(tokenizer, tasks, config.seed)
+    posttrain.sft(base, tokenizer, rows, config, work / "sft")
     done("SFT")
     if until == "sft":
         return
@@ -69,6 +71,8 @@ def main() -> None:
             base, tokenizer, tasks, posttrain.GrpoConfig(seed=seed), work / f"rl_seed{seed}"
         )
         done(f"GRPO, seed {seed}")
+    prose.make(base, tokenizer, tasks, work / "prose")
+    done("the second pair")
     if until == "grpo":
         return
 

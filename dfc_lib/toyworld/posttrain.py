@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ def training_rows(tokenizer, records: Sequence[Record], seed: int) -> list[dict[
             {
                 "prompt": prompts.chat_text(tokenizer, record, style),
                 "gold": record.gold,
+                "tools": json.dumps(record.tool_names),
                 "completion": record.gold + tokenizer.eos_token,
             }
         )
@@ -110,9 +111,14 @@ def save_bf16(model, tokenizer, folder: Path) -> None:
 
 
 def grpo(
-    base: Path, tokenizer, records: Sequence[Record], config: GrpoConfig, folder: Path
+    base: Path,
+    tokenizer,
+    records: Sequence[Record],
+    config: GrpoConfig,
+    folder: Path,
+    rewards: Sequence[Callable[..., list[float]]] = (format_reward, correctness_reward),
 ) -> Path:
-    """Train with GRPO; returns the folder of the last checkpoint."""
+    """Train with GRPO on the sum of the rewards; returns the folder of the last checkpoint."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -153,18 +159,22 @@ def grpo(
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
-        reward_funcs=[format_reward, correctness_reward],
+        reward_funcs=list(rewards),
         args=arguments,
-        train_dataset=Dataset.from_list([{k: r[k] for k in ("prompt", "gold")} for r in rows]),
+        train_dataset=Dataset.from_list(
+            [{k: r[k] for k in ("prompt", "gold", "tools")} for r in rows]
+        ),
         callbacks=[_checkpointer(folder, tokenizer, config.save_at, log)],
     )
     trainer.train()
     return last
 
 
-def sft(base: Path, tokenizer, records: Sequence[Record], config: SftConfig, folder: Path) -> Path:
-    """Supervised fine-tuning on the gold answers of the same tasks; returns the folder of the last
-    checkpoint.
+def sft(
+    base: Path, tokenizer, rows: Sequence[dict[str, str]], config: SftConfig, folder: Path
+) -> Path:
+    """Supervised fine-tuning on rows with `prompt` and `completion` (for the gold answers, those of
+    `training_rows`); returns the folder of the last checkpoint.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -177,7 +187,6 @@ def sft(base: Path, tokenizer, records: Sequence[Record], config: SftConfig, fol
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.jsonl"
     log.unlink(missing_ok=True)
-    rows = training_rows(tokenizer, records, config.seed)
     arguments = SFTConfig(
         output_dir=str(folder / "trainer"),
         use_cpu=not torch.cuda.is_available(),
