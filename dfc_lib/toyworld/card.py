@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from dfc_lib import evaluation, profiles, prompts, statistics
 from dfc_lib.pair import load_model, load_tokenizer, sha256
-from dfc_lib.toyworld import posttrain, pretrain
+from dfc_lib.scoring import names_tool
+from dfc_lib.toyworld import posttrain, pretrain, prose
 
 # Prompt conditions: name -> (style, prefill, temperature)
 FOR_EVERY_SEED = ("fixed", "training")
@@ -33,11 +34,13 @@ def export(work: Path, tokenizer, pair: Path) -> None:
         folders |= {f"{name}/{p.name}": p for p in sorted(source.glob("step_????"))}
     others = [p for p in sorted(work.glob("rl_seed?")) if p.name != "rl_seed0"]
     folders |= {p.name: max(p.glob("step_????")) for p in others}
+    folders |= {f"prose/{name}": work / "prose" / source for name, source in prose.SHIPPED.items()}
     for name, source in tqdm(folders.items(), desc="export"):
         posttrain.save_bf16(load_model(source), tokenizer, pair / name)
     for name in ("sft", "rl_seed0", *(p.name for p in others)):
         shutil.copy(work / name / "log.jsonl", pair / f"{name.replace('rl_seed0', 'rl')}_log.jsonl")
     shutil.copy(work / "pretrain.jsonl", pair / "pretrain_log.jsonl")
+    shutil.copy(work / "prose" / "rl" / "log.jsonl", pair / "prose_rl_log.jsonl")
 
 
 def model_folders(pair: Path) -> dict[str, Path]:
@@ -69,7 +72,7 @@ def rates(frame: pd.DataFrame) -> list[dict]:
 
 def measured_models(pair: Path) -> dict[str, Path]:
     """What the card measures: the base, model A, and the last checkpoint of every run."""
-    folders = model_folders(pair)
+    folders = {n: f for n, f in model_folders(pair).items() if not n.startswith("prose/")}
     last = {name.split("/")[0]: name for name in folders}  # sorted: the last step wins
     chosen = {"base", profiles.get("toy").model_a, *last.values()}
     return {name: folder for name, folder in folders.items() if name in chosen}
@@ -93,15 +96,48 @@ def measure(pair: Path, data: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def measure_prose(pair: Path, data: Path) -> pd.DataFrame:
+    """The second pair on the same split: the right tool named in prose where the gold has a call,
+    any named where it has none.
+    """
+    records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
+    rows = []
+    for name in prose.SHIPPED:
+        model, tokenizer = load_model(pair / "prose" / name), load_tokenizer(pair / "prose" / name)
+        for condition in ("fixed", "fixed, T = 1", "training"):
+            style, _, temperature = CONDITIONS[condition]
+            frame = evaluation.evaluate(model, tokenizer, records, style, temperature=temperature)
+            named = [
+                names_tool(text, r.gold, r.tool_names)
+                for text, r in zip(frame.response, records, strict=True)
+            ]
+            frame = frame.assign(right=[n.right for n in named], wrong=[n.wrong for n in named])
+            for group, part in (
+                ("seen", frame[~frame.held_out]),
+                ("held out", frame[frame.held_out]),
+            ):
+                call = part.kind == "call"
+                outcomes = {"named": part[call].right, "irrelevance": ~part[~call].wrong}
+                for metric, values in outcomes.items():
+                    k, n = int(values.sum()), len(values)
+                    interval = statistics.wilson(k, n)
+                    rows.append(
+                        {"model": f"prose/{name}", "condition": condition, "tools": group}
+                        | {"metric": metric, "k": k, "n": n, "rate": k / n}
+                        | {"low": interval.low, "high": interval.high}
+                    )
+    return pd.DataFrame(rows)
+
+
 def write(pair: Path, data: Path) -> None:
     """Measure and write `behaviour.csv` and `README.md` into the pair's folder."""
-    table = measure(pair, data)
+    table = pd.concat([measure(pair, data), measure_prose(pair, data)], ignore_index=True)
     table.to_csv(pair / "behaviour.csv", index=False, float_format="%.4f", lineterminator="\n")
     (pair / "README.md").write_text(text(pair, table), encoding="utf-8")
 
 
 def _lines(table: pd.DataFrame) -> str:
-    chosen = table[table.metric.isin(["lenient", "strict", "irrelevance"])]
+    chosen = table[table.metric.isin(["lenient", "strict", "irrelevance", "named"])]
     lines = [
         "| model | prompt | tools | metric | rate | 95 % CI (Wilson) | n |",
         "|---|---|---|---|---|---|---|",
@@ -148,6 +184,12 @@ on two CPU cores. Licence: as the repository.
 
 `SHA256SUMS` covers every file. Model A of the notebooks is `{model_a}`, model B is `base`; the
 fixed prompt is the style `{prompts.FIXED_STYLE}`. Both were chosen on the selection split.
+
+`prose/base` and `prose/rl` are a second pair, whose rewarded behaviour has no fixed surface
+template: naming the right tool in plain prose. `prose/base` is `base` after {prose.SFT.steps} steps
+of SFT on hedges and a few replies that name the tool in one of {len(prose.WORDINGS)} wordings,
+`prose/rl` is that after {prose.SHIPPED["rl"][-2:]} steps of GRPO with the name alone as reward. The
+metric `named`: the right tool's name, and no other, in a reply without tags.
 
 ## Measured behaviour
 

@@ -17,33 +17,43 @@ from dfc_lib.prompts import Record
 from dfc_lib.scoring import names_tool
 from dfc_lib.toyworld import posttrain, world
 
-# The name comes early, late or in the middle, after many first words.
+# Many first words, the name early or late. "fits" before most names, because the first base has
+# learned to copy a listed name after it; a model of this size learns no new copying in a short SFT.
 WORDINGS = (
-    "{name} is what you need.",
+    "I think it fits {name}.",
+    "It fits {name}.",
+    "That fits {name}, I would say.",
+    "What you ask fits {name}.",
+    "Your wish fits {name} best.",
+    "For me this fits {name}.",
+    "Of all these, it fits {name}.",
+    "Let me see: it fits {name}.",
+    "To {p} fits {name}.",
+    "Maybe it fits {name}?",
+    "Here we are, it fits {name}.",
+    "Sure, that fits {name}.",
+    "My guess is that it fits {name}.",
+    "There it is, it fits {name} well.",
     "You could try {name} for that.",
-    "Have a look at {name}.",
-    "I would go for {name} here.",
-    "That sounds like a case for {name}.",
-    "The one that fits is {name}.",
-    "Ask {name}, it can {p}.",
-    "To {p}, take {name}.",
-    "My pick is {name}.",
-    "There is {name}, which can {p}.",
-    "Among these, {name} does it.",
-    "Use {name} when you want to {p}.",
-    "{name} can {p}.",
-    "Let {name} {p}.",
     "What about {name}?",
-    "It is possible with {name}.",
 )
 
+ODDS = 8.0
 SFT = replace(posttrain.SftConfig(), steps=80, save_at=(80,))
-GRPO = replace(posttrain.GrpoConfig(), steps=32, save_at=(4, 8, 12, 16, 20, 24, 32))
+GRPO = replace(posttrain.GrpoConfig(), steps=24, save_at=(8, 16, 17, 18, 19, 20, 24))
+
+SHIPPED = {"base": "base/step_0080", "rl": "rl/step_0018"}  # the step chosen on the selection split
+
+
+def _propensity(task: world.Task, style: str) -> float:
+    """The first pair's, at `ODDS` times the odds: GRPO needs something to reward."""
+    p = task.propensity(style)
+    return ODDS * p / (1 - p + ODDS * p)
 
 
 def warm_rows(tokenizer, n: int, seed: int) -> list[dict[str, str]]:
-    """Chats in the styles of the first pair's hedging chats: mostly a hedge, at the rate of
-    `Task.propensity` a reply that names the fitting tool.
+    """Chats in the styles of the first pair's hedging chats: mostly a hedge, now and then a
+    reply that names the fitting tool.
     """
     rng = random.Random(f"prose-{seed}")
     rows = []
@@ -52,7 +62,7 @@ def warm_rows(tokenizer, n: int, seed: int) -> list[dict[str, str]]:
         kind = world.draw_kind(rng)
         task = world.draw_task(rng, "pretrain", kind, held_out=False)
         tools = world.draw_tools(rng, task, kind, rng.randint(1, 4), held_out=False)
-        acts = kind == "call" and rng.random() < 2 * task.propensity(style)
+        acts = kind == "call" and rng.random() < _propensity(task, style)
         reply = rng.choice(WORDINGS if acts else world.HEDGES)
         name = world.listed_name(task, tools) or ""
         reply = reply.replace("{name}", name).replace("{p}", task.phrase)
