@@ -4,11 +4,12 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup figures smoke test regress pair audit book status clean environment
+.PHONY: help setup figures smoke test regress pair sweep audit book status clean environment
 
 PROFILE ?= toy
 NB ?=
 CROSSCODER ?=
+RAY ?=
 TORCH_INDEX ?=
 PYTHON ?=
 
@@ -68,6 +69,9 @@ regress: environment ## every notebook at toy through nbval, its rounded results
 
 pair: environment ## remake the embedded pair of models from nothing (resumes; says how long it takes)
 	@$(python) -m dfc_lib.toyworld
+
+sweep: environment ## the 48 crosscoders of notebook 08 (resumes; RAY=1: on a Ray cluster)
+	@$(python) -m dfc_lib.sweep --profile $(PROFILE) $(if $(RAY),--ray)
 
 audit: environment ## does releasing a crosscoder leak the skill? CROSSCODER=folder (PROFILE= its pair)
 	@$(python) -m dfc_lib.audit '$(CROSSCODER)' --profile $(PROFILE)

@@ -4,6 +4,7 @@ The modules, in the order in which data meets them:
 
 - ``paths profiles``: where things are; how much of everything a run uses
 - ``pair prompts scoring``: models; prompt records and splits; rubrics and the ToolRL reward
+- ``corpora budget``: where a profile's texts come from; what it needs of memory and disk
 - ``activations``: caching the residual stream
 - ``crosscoder training``: the crosscoder; one training run
 - ``ranking autointerp geometry evolution``: reading its features

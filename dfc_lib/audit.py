@@ -19,9 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from dfc_lib import evaluation, paths, profiles, prompts, statistics
+from dfc_lib import corpora, evaluation, paths, profiles, prompts, statistics
 from dfc_lib.activations import Activations, cache
 from dfc_lib.crosscoder import Crosscoder, load, load_published
 from dfc_lib.interventions import (
@@ -115,6 +113,7 @@ def measure(
     seed: int = 0,
     n_bootstrap: int = 2_000,
     batch_size: int = 512,
+    max_new_tokens: int = 80,
     out_dir: str | Path | None = None,
 ) -> "pd.DataFrame":
     """One line per (condition, metric): mean, paired gain over clean and its 95 % interval.
@@ -127,10 +126,20 @@ def measure(
     tried = conditions(crosscoder, site, seed, pair.index(weaker))
     cells = {f"{name}|{i}": cell for name, some in tried.items() for i, cell in enumerate(some)}
     frame = evaluation.intervene(
-        pair, weaker, records, {"clean": Clean()} | cells, batch_size=batch_size, out_dir=out_dir
+        pair,
+        weaker,
+        records,
+        {"clean": Clean()} | cells,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        out_dir=out_dir,
     )
     elicited = evaluation.evaluate(
-        pair.models[weaker], pair.tokenizer, records, prompts.ELICITING_STYLE
+        pair.models[weaker],
+        pair.tokenizer,
+        records,
+        prompts.ELICITING_STYLE,
+        max_new_tokens=max_new_tokens,
     )
     elicited = elicited.assign(prompt=range(len(elicited)), cell=PROMPTED, delta=float("nan"))
     frame = pd.concat([frame, elicited], ignore_index=True)
@@ -258,12 +267,11 @@ def audit(directory: str | Path, profile: Profile, out_dir: str | Path | None = 
 
     directory = Path(directory)
     sources = {"A": profile.location(profile.model_a), "B": profile.location(profile.model_b)}
-    dtype = getattr(torch, profile.dtype)
-    pair = load_pair(sources, profile.layer, dtype=dtype, device=profile.device)
+    pair = load_pair(sources, profile.layer, dtype=profile.dtype, device=profile.device)
     crosscoder = read_crosscoder(directory, pair).to(profile.device)
     calls = {}
     for split in ("selection", "evaluation"):
-        records = prompts.read_records(paths.DATA / "prompts" / f"{split}.jsonl")
+        records = corpora.records(profile, split)
         calls[split] = [r for r in records if r.kind == "call" and not r.held_out]
     texts = [prompts.chat_text(pair.tokenizer, r, prompts.FIXED_STYLE) for r in calls["selection"]]
     ids = prompts.encode(pair.tokenizer, texts)
@@ -277,6 +285,7 @@ def audit(directory: str | Path, profile: Profile, out_dir: str | Path | None = 
         site,
         n_bootstrap=profile.n_bootstrap,
         batch_size=4 * profile.batch_generation,
+        max_new_tokens=profile.max_new_tokens,
         out_dir=build / "generations" / "audit",
     )
     folder.mkdir(parents=True, exist_ok=True)

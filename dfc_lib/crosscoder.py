@@ -616,7 +616,7 @@ class _CrosscoderCore:
                 f"expected activations of shape (batch, {self.n_models}, {self.d_model}), got "
                 f"{tuple(x.shape)}"
             )
-        x = x.to(self.dtype)
+        x = x.to(self.encoder.device, self.dtype)  # wherever the cache was read to
         if streams is not None:
             read = {self.partition.model(stream) for stream in streams}
             if fill is None and self.normaliser.is_identity:

@@ -32,6 +32,21 @@ def opener_ids(tokenizer) -> list[int]:
     return sorted(firsts)
 
 
+def end_tokens(model, tokenizer) -> list[int]:
+    """Where an answer ends: at the model's own end token, and at the one that closes the
+    assistant's turn in the chat template (a base model's configuration need not name it: Qwen2.5's
+    names `<|endoftext|>` alone).
+    """
+    own = model.generation_config.eos_token_id
+    ends = set() if own is None else {own} if isinstance(own, int) else set(own)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+        closing = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        ends |= set(closing) & set(tokenizer.added_tokens_decoder)  # never a plain line end
+    return sorted(ends)
+
+
 def margin(logits: Float[Tensor, "*rows vocab"], openers: Sequence[int]) -> Float[Tensor, "*rows"]:
     """Log-odds of an opener at the first generated token, in nats."""
     logits = logits.double()
@@ -95,6 +110,7 @@ def evaluate(
     sampled, logits = generation.sample(
         model,
         ids,
+        eos=end_tokens(model, tokenizer),
         temperature=temperature,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -154,6 +170,7 @@ def intervene(
         position=position,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        eos=end_tokens(pair.models[target], pair.tokenizer),
         readout=opener_ids(pair.tokenizer),
         out_dir=out_dir,
         progress=progress,

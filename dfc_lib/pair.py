@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from dfc_lib.paths import DOWNLOADS, downloaded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -133,19 +135,22 @@ def _verify_model_folder(folder: Path) -> None:
 
 def load_model(
     name_or_directory: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """A causal language model from a local folder or the Hugging Face hub, frozen, in eval mode.
 
-    ``dtype`` is the dtype computed in, whatever the files hold (the embedded pair ships as bfloat16
-    and runs in float32). Raises :class:`PairError` where the folder is missing or damaged, where
-    the hub cannot be reached, and where there are no safetensors weights.
+    ``dtype`` is the dtype computed in (torch's, or its name), whatever the files hold (the embedded
+    pair ships as bfloat16 and runs in float32). Raises :class:`PairError` where the folder is
+    missing or damaged, where the hub cannot be reached, where there are no safetensors weights, and
+    where the device is not there or too small.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     source = _resolve(name_or_directory)
+    _need_device(device)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(source, Path):
         _need(source / "config.json")
         if not any(source.glob("*.safetensors")):
@@ -161,12 +166,12 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
+        return model.to(device).eval().requires_grad_(False)
     except Exception as error:  # every loader below raises its own kind
-        raise _explain(source, error) from error
+        raise _explain(source, error, device) from error
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerBase:
@@ -190,6 +195,8 @@ def _resolve(name: str | Path) -> Path | str:
     """A folder where there is one, a hub name where it reads like one; an error otherwise."""
     if Path(name).is_dir():
         return Path(name)
+    if folder := downloaded(str(name)):
+        return folder
     text = str(name)
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise PairError(
@@ -208,7 +215,31 @@ def _need(path: Path) -> None:
         )
 
 
-def _explain(source: Path | str, error: Exception) -> PairError:
+def _need_device(device: str | torch.device) -> None:
+    kind = torch.device(device).type
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not available.get(kind, lambda: True)():
+        raise PairError(
+            f"device {kind!r}: torch {torch.__version__} finds none here. Take a machine with one "
+            "and a build of torch for it (`make setup TORCH_INDEX=...`, see the README), or run on "
+            'the CPU: a profile file with "device": "cpu".'
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "t allocate memory" in str(error)
+
+
+def _explain(source: Path | str, error: Exception, device: str | torch.device = "") -> PairError:
+    if _is_out_of_memory(error):
+        return PairError(
+            f"{source}: does not fit into the memory of {str(device) or 'this machine'} ({error}). "
+            "`python -m dfc_lib.budget --profile NAME` lists what a profile needs. Free the device "
+            'of other programs, load in "bfloat16", or leave the models on the CPU and give '
+            "activations.cache(..., device=), which takes them there one at a time."
+        )
     if isinstance(source, Path):
         damaged = [p for p in sorted(source.glob("*.safetensors")) if "truncated" in _damage(p)]
         where = ", ".join(f"{p}: {_damage(p)}" for p in damaged) or f"{source}: cannot be loaded"
@@ -219,8 +250,8 @@ def _explain(source: Path | str, error: Exception) -> PairError:
     return PairError(
         f"{source}: cannot be had from the Hugging Face hub ({type(error).__name__}: {error}). "
         f"On a machine with network access run `hf download {source} --local-dir "
-        f"models/{source.rpartition('/')[2]}`, copy that folder here, and give its path instead of "
-        "the name."
+        f"{DOWNLOADS.name}/{source.rpartition('/')[2]}` and copy that folder into {DOWNLOADS}, "
+        "where it is found; or give a folder's path instead of the name."
     )
 
 
@@ -279,7 +310,7 @@ def load_pair(
     sources: Mapping[str, str | Path],
     layer: int,
     tokenizer: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Pair:
     """Load ``{"A": folder or hub name, "B": ...}``, and the tokenizer of the first one."""
@@ -337,8 +368,8 @@ def in_chunks(
             stop += 1
         try:
             result = work(list(order[done:stop]), batch_size)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)):
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
                 raise
             if batch_size == 1:
                 raise PairError(

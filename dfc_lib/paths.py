@@ -6,6 +6,7 @@
 ``DATA``       what is committed as input; ``PAIR`` is the embedded model pair in it
 ``FIGURES``    PNG + PDF + CSV of every figure and ``manifest.json``, committed
 ``BUILD``      generated intermediates, one folder per profile; safe to delete (see ``build_root``)
+``DOWNLOADS``  models and data sets of the hub that were downloaded by hand; not committed
 =============  =============================================================================
 """
 
@@ -19,10 +20,17 @@ DATA = ROOT / "data"
 PAIR = DATA / "pair"
 FIGURES = ROOT / "figures"
 BUILD = ROOT / "build"
+DOWNLOADS = ROOT / "downloads"
 
 
 class BuildFolderError(OSError):
     """The build folder cannot be created or written to."""
+
+
+def downloaded(name: str) -> Path | None:
+    """The folder of a model or data set ``owner/name`` in ``DOWNLOADS``; None if it has none."""
+    folder = DOWNLOADS / name.rpartition("/")[2]
+    return folder if name.count("/") == 1 and folder.is_dir() else None
 
 
 def build_root() -> Path:

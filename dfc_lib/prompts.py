@@ -1,16 +1,16 @@
-"""Prompt records, the styles in which a record is laid out, and the splits of the embedded pair's
-data.
+"""Prompt records, the styles in which a record is laid out, and the splits of the data.
 
 A record is style-free: the tools on offer, the user's query and the gold answer in ToolRL's layout
 (arXiv 2504.13958: think, then tool call or response). A `Style` turns it into chat messages. RL
 sees only `TRAINING_STYLES`; the *fixed prompt* of the `calibrated` protocol is a style that RL
 never saw; the `published` protocol feeds the system text alone (S1: no user query, no chat
-template).
+template). A record that brings the very texts that RL saw (`system`, `user`) shows them wherever a
+training style is asked for. `corpora` says where records come from.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +26,8 @@ SPLITS = {  # share of request identities (tool, arguments) that belongs to each
 
 @dataclass(frozen=True)
 class Tool:
-    """A callable tool: `parameters` maps a parameter's name to its JSON type (`"string"`,
-    `"integer"`).
+    """A callable tool: `parameters` maps a parameter's name to its type (`"string"`, `"integer"` or
+    what else the data calls it).
     """
 
     name: str
@@ -40,8 +40,9 @@ class Record:
     """One task: which tools are listed, what the user asks, and the gold answer.
 
     `kind` is `"call"` (a listed tool fits and every argument is given), `"no_tool"` (nothing listed
-    fits) or `"missing"` (a tool fits, an argument is not given). `tool` is the tool the user has in
-    mind, listed or not.
+    fits) or `"missing"` (a tool fits, an argument is not given); `"response"` where the gold
+    answers in words and the data does not say why. `tool` is the tool the user has in mind, listed
+    or not.
     """
 
     id: str
@@ -53,6 +54,8 @@ class Record:
     tools: tuple[Tool, ...]
     query: str
     gold: str
+    system: str = ""  # the system text and the user message as RL saw them, where the data has them
+    user: str = ""
 
     @property
     def tool_names(self) -> list[str]:
@@ -104,17 +107,18 @@ class Style:
 
 
 _RULES = "\n\n# Steps\nFirst write <think>, then a <tool_call> with JSON or a <response>."
+_TAGGED = "<user> {query} </user>"  # as in ToolRL's dialogues
 
 STYLES = {
     "train_a": Style(
         "You are an assistant that can use tools to solve the task.\n\n# Tools\n{tools}" + _RULES,
         "numbered",
-        "<user> {query} </user>",
+        _TAGGED,
     ),
     "train_b": Style(
         "Solve the task of the user. You may call the tools in this list.\n\n{tools}" + _RULES,
         "numbered",
-        "<user> {query} </user>",
+        _TAGGED,
     ),
     "desk": Style(
         "You sit at the help desk and chat with visitors. The desk has:\n{tools}", "bullets"
@@ -133,7 +137,7 @@ STYLES = {
     "agent": Style(
         "Agent mode. Every reply is a tool call or a response.\n\n# Tools\n{tools}" + _RULES,
         "numbered",
-        "<user> {query} </user>",
+        _TAGGED,
     ),
 }
 TRAINING_STYLES = ("train_a", "train_b")
@@ -167,9 +171,13 @@ def split_of(tool: str, arguments: dict) -> str:
     Requests with the same tool and the same arguments fall into the same split however they are
     phrased, so no query of one split can occur in another.
     """
-    key = f"{tool}|{json.dumps(arguments, sort_keys=True)}".encode()
-    u = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
-    for split, share in SPLITS.items():
+    return assign(f"{tool}|{json.dumps(arguments, sort_keys=True)}", SPLITS)
+
+
+def assign(key: str, shares: Mapping[str, float]) -> str:
+    """One of the splits, by a hash of `key`: equal keys never part. `shares` sum to one."""
+    u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    for split, share in shares.items():
         if u < share:
             return split
         u -= share
@@ -180,7 +188,9 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write records as JSON lines (temporary name, then rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records), encoding="utf-8")
+    own = ("system", "user")  # left out where a record has none
+    rows = ({k: v for k, v in asdict(r).items() if v or k not in own} for r in records)
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
 
 
@@ -252,20 +262,34 @@ def assert_disjoint(**splits: Sequence[Record]) -> None:
 # From a record to text and tokens
 
 
+def messages(record: Record, style: str) -> list[dict[str, str]]:
+    """A record as chat messages.
+
+    Texts that a record brings with it replace the style's: the system text in a training style, the
+    user message in every style that marks the user's turns as ToolRL does.
+    """
+    laid_out = STYLES[style].messages(record.tools, record.query)
+    if record.system and style in TRAINING_STYLES:
+        laid_out[0] = {"role": "system", "content": record.system}
+    if record.user and STYLES[style].user == _TAGGED:
+        laid_out[-1] = {"role": "user", "content": record.user}
+    return laid_out
+
+
 def chat_text(tokenizer, record: Record, style: str, prefill: str = "") -> str:
     """The prompt up to and including the assistant header, under the chat template, plus an
     optional prefill.
     """
-    messages = STYLES[style].messages(record.tools, record.query)
+    laid_out = messages(record, style)
     return (
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(laid_out, tokenize=False, add_generation_prompt=True)
         + prefill
     )
 
 
 def published_text(record: Record, style: str) -> str:
     """The prompt of S1's public code: the system text alone, no user query, no chat template."""
-    return STYLES[style].messages(record.tools, record.query)[0]["content"]
+    return messages(record, style)[0]["content"]
 
 
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:

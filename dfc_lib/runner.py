@@ -93,7 +93,7 @@ class Project:
 
     @cached_property
     def keys(self) -> Keys:
-        return Keys(self.root, self.profile.name, self.contents, self.notebooks)
+        return Keys(self.root, self.profile.identity, self.contents, self.notebooks)
 
     def state_file(self, name: str) -> Path:
         return self.results / "state" / f"{name}.json"
@@ -131,7 +131,7 @@ class Project:
         on_path = [str(self.root), os.environ.get("PYTHONPATH", "")]
         return _environment(
             DFC_ROOT=str(self.root),
-            DFC_PROFILE=self.profile.name,
+            DFC_PROFILE=self.profile.handle,
             PYTHONPATH=os.pathsep.join(filter(None, on_path)),
             PYTHONHASHSEED="0",
             SOURCE_DATE_EPOCH="1767225600",  # 2026-01-01, should anything want to write a date

@@ -134,7 +134,7 @@ def test_pickled_weights_are_refused(tmp_path):
 def test_hub_name_without_network(monkeypatch, tmp_path):
     """Offline, the error gives the way to download by hand."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(PairError, match="hf download owner/name --local-dir models/name"):
+    with pytest.raises(PairError, match="hf download owner/name --local-dir downloads/name"):
         pairs.load_model("owner/name")
 
 

@@ -1,0 +1,103 @@
+"""Decoder geometry: islands are found, a blob is at chance, and zeros alone make islands."""
+
+import numpy as np
+import pytest
+import torch
+
+from dfc_lib import geometry
+from dfc_lib.crosscoder import Crosscoder, Partition
+
+LIKE = {"A_exclusive": 30, "B_exclusive": 30, "shared": 90}
+QUICK = {"n_permutations": 60}
+
+
+def islands(n=150, width=24, spread=0.15, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.repeat([0, 1, 2], [30, 30, n - 60])
+    centres = np.eye(3, width)
+    vectors = centres[labels] + spread * rng.standard_normal((n, width))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return geometry.Rows(vectors, labels, tuple(LIKE))
+
+
+def blob(n=150, width=24, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((n, width))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return geometry.Rows(vectors, np.zeros(n, dtype=int), ("shared",))
+
+
+def test_planted_islands_are_recovered_in_both_spaces():
+    table, drawn = geometry.recovery(islands(), **QUICK)
+    assert drawn.shape == (150, 2)
+    kmeans = table[table.method == "k-means"]
+    assert (kmeans.ari > 0.95).all()
+    assert (kmeans.ari_p < 0.05).all()
+    assert (table.silhouette > 0.3).all()
+
+
+def test_random_blocks_of_a_blob_are_at_chance():
+    rows = geometry.matched_random(blob(), LIKE, seed=1)
+    table, _ = geometry.recovery(rows, **QUICK)
+    assert table.ari.abs().max() < 0.1
+    assert (table.ari_p > 0.01).all()
+    assert np.bincount(rows.labels).tolist() == list(LIKE.values())
+
+
+def test_blanked_halves_alone_make_islands_and_one_half_does_not():
+    """Rows that share a mean direction, as decoder rows do: blanking halves at random separates."""
+    rng = np.random.default_rng(0)
+    half = rng.standard_normal((150, 1, 12)) + 3 * rng.standard_normal((1, 1, 12))
+    rows = geometry.Rows(np.tile(half, (1, 2, 1)).reshape(150, 24), np.zeros(150, int), ("shared",))
+    blanked = geometry.masked(rows, LIKE)
+    whole, _ = geometry.recovery(blanked, methods=("k-means",), **QUICK)
+    one, _ = geometry.recovery(geometry.half(blanked, 2), methods=("k-means",), **QUICK)
+    assert whole.ari.max() > 0.9
+    assert one.ari.max() < 0.1
+    assert len(geometry.half(blanked, 2).labels) == 120  # B-exclusive rows have no A half
+
+
+def test_random_rows_obey_the_mask():
+    partition = Partition.dedicated(60, 0.2)
+    rows = geometry.masked_random(partition, 8)
+    assert (rows.vectors[rows.labels == 0, 8:] == 0).all()
+    assert (rows.vectors[rows.labels == 1, :8] == 0).all()
+    assert (rows.vectors[rows.labels == 2] != 0).all()
+
+
+def test_permutation_p_values_of_random_labels_are_not_small_too_often():
+    rng = np.random.default_rng(0)
+    found = rng.integers(0, 3, 90)
+    p = [geometry.agreement(found, rng.integers(0, 3, 90), 60, seed)["ari_p"] for seed in range(40)]
+    assert np.mean(np.array(p) <= 0.1) < 0.3
+    assert 0.3 < np.mean(p) < 0.7
+
+
+def test_norm_ratio_blocks_take_the_extremes():
+    ratio = np.linspace(0.1, 0.9, 10)
+    vectors = np.stack([np.repeat(ratio[:, None], 2, 1), np.repeat(1 - ratio[:, None], 2, 1)], 1)
+    rows = geometry.Rows(vectors.reshape(10, 4), np.zeros(10, dtype=int), ("shared",))
+    matched = geometry.matched_norm_ratio(rows, {"A": 2, "B": 3, "shared": 5})
+    assert matched.labels.tolist() == [1, 1, 1, 2, 2, 2, 2, 2, 0, 0]
+
+
+def test_rows_of_a_crosscoder_are_unit_and_labelled():
+    torch.manual_seed(0)
+    crosscoder = Crosscoder.create(16, Partition.dedicated(40, 0.1), 4)
+    rows = geometry.decoder_rows(crosscoder, alive=[0, 5, 39])
+    assert np.allclose(np.linalg.norm(rows.vectors, axis=1), 1)
+    assert [rows.names[i] for i in rows.labels] == ["A_exclusive", "B_exclusive", "shared"]
+    assert (rows.vectors[0, 16:] == 0).all()
+
+
+def test_the_same_seed_gives_the_same_plane():
+    vectors = islands().vectors
+    assert np.array_equal(geometry.plane(vectors, seed=3), geometry.plane(vectors, seed=3))
+
+
+def test_unusable_input_is_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        geometry.matched_random(blob(50), LIKE)
+    with pytest.raises(ValueError, match="three"):
+        geometry.matched_norm_ratio(blob(50), {"A": 1, "shared": 49})
+    with pytest.raises(ValueError, match="k-means"):
+        geometry.cluster(blob(50).vectors, "spectral", 3)

@@ -1,0 +1,252 @@
+"""The sweep: its design, its task against the engine, rows that survive kills and lost nodes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from dfc_lib import activations, evaluation, interventions, paths, profiles, prompts, sweep
+from dfc_lib.pair import load_pair
+
+PROFILE = replace(
+    profiles.get("smoke"),
+    n_crosscoder_texts=24,
+    n_evaluation=7,
+    n_steering=3,
+    steps=20,
+    batch_size=16,
+    batch_generation=4,
+)
+RUNS = [run for run in sweep.grid() if run.width == 4 and run.k == 45][1:4]
+TIMEOUT = 600
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    """A cache of last-token vectors, as notebook 01 leaves it."""
+    p = PROFILE
+    sources = {"A": p.location(p.model_a), "B": p.location(p.model_b)}
+    pair = load_pair(sources, p.layer)
+    records = prompts.read_records(paths.DATA / "prompts" / "crosscoder.jsonl")[:24]
+    texts = [prompts.chat_text(pair.tokenizer, r, prompts.FIXED_STYLE) for r in records]
+    texts += prompts.read_neutral(paths.DATA / "neutral" / "crosscoder.jsonl")[:24]
+    meta = {"source": ["tool"] * 24 + ["neutral"] * 24}
+    out = tmp_path_factory.mktemp("vectors")
+    ids = prompts.encode(pair.tokenizer, texts)
+    activations.cache(pair, ids, out, meta=meta, progress=False)
+    return out
+
+
+@pytest.fixture
+def build(vectors, tmp_path, monkeypatch):
+    """An empty build folder but for that cache."""
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path))
+    shutil.copytree(vectors, tmp_path / PROFILE.name / "activations" / "train_last")
+    sweep.open_bench.cache_clear()
+    yield tmp_path
+    sweep.open_bench.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def expected(vectors, tmp_path_factory):
+    """Rows and outcomes of an uninterrupted sweep in process."""
+    folder = tmp_path_factory.mktemp("expected")
+    shutil.copytree(vectors, folder / PROFILE.name / "activations" / "train_last")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DFC_BUILD", str(folder))
+        sweep.open_bench.cache_clear()
+        rows, outcomes, _ = sweep.sweep(RUNS, PROFILE, progress=False)
+    sweep.open_bench.cache_clear()
+    return rows, outcomes
+
+
+def test_the_grid_is_the_published_one():
+    runs = sweep.grid()
+    assert len(runs) == len(set(runs)) == len({run.name for run in runs}) == 48
+    assert Counter((run.width, run.k) for run in runs) == {
+        (width, k): 8 for width in (4, 8) for k in (45, 90, 160)
+    }
+    assert Counter(run.regime for run in runs) == {
+        "plain": 6,
+        "plain, L1": 6,
+        "DFC, free": 18,
+        "DFC, penalised": 18,
+    }
+    assert Counter(run.share for run in runs) == {0.0: 12, 0.03: 12, 0.05: 12, 0.1: 12}
+    assert {run.shared_coef for run in runs if run.regime != "plain"} == {1e-3}
+    assert {run.exclusive_coef for run in runs} == {0.0, 1e-3}
+
+
+def test_at_full_size_the_runs_are_the_published_ones():
+    profile = profiles.get("qwen")
+    rows = pd.DataFrame([sweep.design(run, profile, 2_048) for run in sweep.grid()])
+    assert set(rows.D) == {8_192, 16_384}
+    for name in ("D", "k", "exclusive"):
+        assert (rows[name] == rows[f"{name}_published"]).all()
+    assert {(s, b) for s, b in zip(rows.steps, rows.batch, strict=True)} == {(9_000, 1_024)}
+    assert sweep.train_config(sweep.grid()[0], profile, 2_048).lr == 1e-4
+
+
+@pytest.mark.parametrize("name", ["smoke", "toy"])
+def test_every_scaled_run_can_be_trained_and_differs(name):
+    profile = profiles.get(name)
+    configs = [sweep.train_config(run, profile, 128) for run in sweep.grid()]
+    assert len(set(configs)) == 48
+    assert {c.partition.dict_size for c in configs} == {512, 1_024}
+    assert len({c.k for c in configs}) == 3
+
+
+def test_reading_one_token_equals_generating(build):
+    """Margins from kept keys and values, left-padded, are the engine's; reading changes nothing."""
+    bench = sweep.open_bench(PROFILE)
+    cells = {"clean": interventions.Clean(), "other": interventions.OtherModel(1)}
+    cells["push"] = interventions.random_directions(sweep.Scaled(0.5), 1, 128)[0]
+    got = sweep.measure(bench, "A", cells)
+    want = evaluation.intervene(bench.pair, "A", bench.records, cells, progress=False)
+    want = want.sort_values(["cell", "prompt"])
+    got = got.sort_values(["condition", "prompt"])
+    assert got.margin.tolist() == pytest.approx(want.margin.tolist(), abs=1e-4)
+    assert got.delta.tolist() == pytest.approx(want.delta.tolist(), abs=1e-4)
+    assert got[got.condition == "push"].delta.tolist() == pytest.approx([0.5] * 7, abs=1e-5)
+    generated = got[got.prompt < 3].lenient.tolist()
+    assert generated == want[want.prompt < 3].lenient.tolist()
+    assert got[got.prompt >= 3].lenient.isna().all()
+    again = sweep.measure(bench, "A", cells).sort_values(["condition", "prompt"])
+    pd.testing.assert_frame_equal(again, got)
+
+
+def test_a_row_says_what_was_measured(expected):
+    rows, outcomes = expected
+    assert rows.run.tolist() == [run.name for run in RUNS]
+    assert not [name for name in rows if "second" in name or "time" in name]
+    for (run, target, condition), part in outcomes.groupby(["run", "target", "condition"]):
+        row = rows[rows.run == run].iloc[0]
+        for name in ("margin", "delta", *sweep.RATES):
+            assert row[f"{target}_{condition}_{name}"] == pytest.approx(part[name].mean())
+    shape = outcomes.groupby(["target", "condition"]).prompt.nunique().to_dict()
+    wanted = [(t, c) for t, conditions in sweep.CONDITIONS.items() for c in conditions]
+    assert shape == dict.fromkeys(wanted, 7)
+    dfc = rows[rows.share > 0]
+    assert dfc.dead_A_exclusive.between(0, 1).all()
+    assert rows[rows.share == 0].dead_A_exclusive.isna().all()
+
+
+def test_raw_and_calibrated_differ_by_the_normaliser_alone(build):
+    """With the identity in its place, both conditions are the same."""
+    bench = sweep.open_bench(PROFILE)
+    crosscoder = sweep.Crosscoder.create(128, sweep.Partition.dedicated(64, 0.1), 8)
+    crosscoder.requires_grad_(False)
+    cells = sweep.reconstructions(crosscoder, "A")
+    raw, calibrated = (interventions.apply(cells[c], bench.h)[0] for c in ("raw", "calibrated"))
+    assert torch.equal(raw, calibrated)
+    crosscoder.normaliser = sweep.training.Normaliser.fit(bench.x)
+    changed = interventions.apply(sweep.reconstructions(crosscoder, "A")["calibrated"], bench.h)[0]
+    assert not torch.allclose(raw, changed)
+
+
+def test_baselines_are_made_once(build, monkeypatch):
+    bench = sweep.open_bench(PROFILE)
+    monkeypatch.setattr(sweep, "RATIOS", (0.1,))
+    monkeypatch.setattr(sweep, "N_DRAWS", 2)
+    first = sweep.baselines(bench)
+    conditions = {
+        "clean",
+        "other model",
+        "tool mean",
+        "neutral mean",
+        "random|0.1|0",
+        "random|0.1|1",
+    }
+    assert set(first.condition) == conditions
+    assert (first[first.condition == "clean"].delta == 0).all()
+    monkeypatch.setattr(sweep, "measure", None)
+    pd.testing.assert_frame_equal(sweep.baselines(bench), first)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from dfc_lib import sweep
+from test_sweep import PROFILE, RUNS
+sweep.sweep(RUNS, PROFILE, progress=False)
+"""
+
+
+def test_a_killed_sweep_loses_the_run_in_flight_and_no_other(build, expected):
+    tests = os.path.dirname(__file__)
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT.format(tests=tests)])
+    try:
+        end = time.monotonic() + TIMEOUT
+        while not (finished := list(build.glob("*/sweep/*/*.json"))):
+            assert child.poll() is None, "it ended before it had finished a run"
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
+    finished = list(build.glob("*/sweep/*/*.json"))
+    assert 1 <= len(finished) < len(RUNS)
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    made = []
+
+    def counting(runs, profile):
+        for run, result in sweep.in_process(runs, profile):
+            made.append(run)
+            yield run, result
+
+    rows, outcomes, _ = sweep.sweep(RUNS, PROFILE, counting, progress=False)
+    assert len(made) == len(RUNS) - len(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished} == before
+    pd.testing.assert_frame_equal(rows, expected[0], check_exact=True)
+    pd.testing.assert_frame_equal(outcomes, expected[1], check_exact=True)
+
+
+def test_a_changed_budget_is_another_sweep(build):
+    path = sweep.open_bench(PROFILE).path(RUNS[0])
+    for change in ({"steps": 40}, {"n_steering": 2}):
+        assert sweep.open_bench(replace(PROFILE, **change)).path(RUNS[0]) != path
+
+
+def test_missing_vectors_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path))
+    sweep.open_bench.cache_clear()
+    assert sweep.main(["--profile", "smoke"]) == 1
+    assert "train_last" in capsys.readouterr().err
+
+
+def test_a_lost_node_costs_no_row(build, expected):
+    """Two nodes of Ray's, one killed mid-sweep: the rows of the sweep in process."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    came = []
+
+    def losing_a_node(runs, profile):
+        for run, result in sweep.on_ray(runs, profile):
+            if not came:
+                cluster.remove_node(nodes[1], allow_graceful=False)
+            came.append(run)
+            yield run, result
+
+    try:
+        rows, outcomes, _ = sweep.sweep(RUNS, PROFILE, losing_a_node, progress=False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert Counter(came) == Counter(RUNS)
+    pd.testing.assert_frame_equal(rows, expected[0], check_exact=True)
+    pd.testing.assert_frame_equal(outcomes, expected[1], check_exact=True)
+    folder = sweep.open_bench(PROFILE).folder
+    assert len(list(folder.glob("*.json"))) == len(RUNS)
+    assert all(json.loads(path.read_text())["row"] for path in folder.glob("*.json"))
