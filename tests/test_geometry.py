@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from dfc_lib import geometry
 from dfc_lib.crosscoder import Crosscoder, Partition
@@ -57,11 +58,24 @@ def test_blanked_halves_alone_make_islands_and_one_half_does_not():
 
 
 def test_random_rows_obey_the_mask():
-    partition = Partition.dedicated(60, 0.2)
-    rows = geometry.masked_random(partition, 8)
+    rows = geometry.masked_random({"A_exclusive": 12, "B_exclusive": 12, "shared": 36}, 8)
     assert (rows.vectors[rows.labels == 0, 8:] == 0).all()
     assert (rows.vectors[rows.labels == 1, :8] == 0).all()
-    assert (rows.vectors[rows.labels == 2] != 0).all()
+    shared = rows.vectors[rows.labels == 2]
+    assert np.allclose(shared[:, :8], shared[:, 8:])
+
+
+def test_scores_are_scikit_learns_and_the_null_is_that_of_permuted_labels():
+    rng = np.random.default_rng(0)
+    blocks, found = rng.integers(0, 3, 200), rng.integers(-1, 4, 200)
+    row = geometry.agreement(found, blocks, 4_000)
+    assert row["ari"] == pytest.approx(adjusted_rand_score(blocks, found))
+    assert row["nmi"] == pytest.approx(normalized_mutual_info_score(blocks, found))
+    permuted = [adjusted_rand_score(rng.permutation(blocks), found) for _ in range(1_000)]
+    bounds = np.percentile(permuted, [2.5, 97.5])
+    assert [row["ari_null_low"], row["ari_null_high"]] == pytest.approx(bounds, abs=0.004)
+    assert row["noise"] == pytest.approx((found == -1).mean())
+    assert geometry.agreement(np.zeros(9, int), np.zeros(9, int), 10)["ari"] == 1
 
 
 def test_permutation_p_values_of_random_labels_are_not_small_too_often():
