@@ -170,7 +170,10 @@ def agreement(
     from scipy.stats.contingency import crosstab
 
     table = crosstab(blocks, found).count
-    drawn = random_table(table.sum(1), table.sum(0), seed=seed).rvs(n_permutations)
+    if 1 in table.shape:  # one cluster, or one block: permuting changes nothing
+        drawn = np.repeat(table[None], n_permutations, axis=0)
+    else:
+        drawn = random_table(table.sum(1), table.sum(0), seed=seed).rvs(n_permutations)
     row = {"clusters": float(len(set(found.tolist()) - {-1})), "noise": float((found == -1).mean())}
     for name, score in {"ari": _ari, "nmi": _nmi}.items():
         value, null = float(score(table)), score(drawn)

@@ -76,6 +76,8 @@ def test_scores_are_scikit_learns_and_the_null_is_that_of_permuted_labels():
     assert [row["ari_null_low"], row["ari_null_high"]] == pytest.approx(bounds, abs=0.004)
     assert row["noise"] == pytest.approx((found == -1).mean())
     assert geometry.agreement(np.zeros(9, int), np.zeros(9, int), 10)["ari"] == 1
+    noise = geometry.agreement(np.full(200, -1), blocks, 10)
+    assert (noise["clusters"], noise["noise"], noise["nmi_null"], noise["nmi_p"]) == (0, 1, 0, 1)
 
 
 def test_permutation_p_values_of_random_labels_are_not_small_too_often():
