@@ -4,7 +4,8 @@
 the configuration and the data, so nothing is trained twice. ``train`` does the work. It can be
 killed at any moment and called again: the order of the data is a pure function of (seed, step),
 everything else that changes is in one state file that is replaced whole, and on a CPU the final
-weights come out identical to the last bit (same machine, same number of threads).
+weights come out identical to the last bit (same machine, and for large crosscoders same number of
+threads; see ``_threads``). ``get_all`` gets many, several side by side.
 
 A run's folder holds ``sae_weights.safetensors`` + ``cfg.json`` (the crosscoder, see
 ``dfc_lib.crosscoder.load``), ``metrics.csv``, ``run.json`` (the configuration) and, while it is
@@ -15,11 +16,13 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -47,7 +50,9 @@ from dfc_lib.crosscoder import (
 from dfc_lib.paths import write_atomically
 from dfc_lib.profiles import Profile
 
-TRAINING_VERSION = 1  # raise it when the same configuration would train to different weights
+TRAINING_VERSION = 2  # raise it when the same configuration would train to different weights
+# Up to this many multiplications per encoder product, one thread is as good as two: see _threads.
+ONE_THREAD = 2**28
 STATE_FILE, RUN_FILE, METRICS_FILE = "state.safetensors", "run.json", "metrics.csv"
 
 
@@ -187,6 +192,45 @@ def get_or_train(
     )
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
+def get_all(
+    makers: Mapping[Name, Callable[..., Crosscoder]], device: str = "cpu", progress: bool = True
+) -> dict[Name, Crosscoder]:
+    """Many crosscoders, by name; on a CPU as many are trained at a time as there are cores.
+
+    >>> dfcs = get_all({seed: partial(reference.get, seed) for seed in range(10)})
+
+    Small products do not gain from a second core, whole runs do. Each run uses the threads that it
+    would use alone, so its weights are the same (``_threads``).
+
+    Args:
+        makers: functions that ``get_or_train`` and take ``progress``.
+        device: where they train; only a CPU takes several at once.
+
+    Raises:
+        what a maker raises, once the runs that had begun have stopped; the others are not begun.
+    """
+    workers = torch.get_num_threads() if device == "cpu" else 1
+    done = {}
+    with (
+        ThreadPoolExecutor(max(1, min(workers, len(makers)))) as pool,
+        tqdm(total=len(makers), unit=" crosscoders", disable=not progress) as bar,
+    ):
+        waiting = {pool.submit(maker, progress=False): name for name, maker in makers.items()}
+        try:
+            for future in as_completed(waiting):
+                done[waiting[future]] = future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(torch.get_num_threads())  # threads to come count as this one
+    return {name: done[name] for name in makers}
+
+
 @dataclass(frozen=True)
 class Reference:
     """The crosscoders that the notebooks share: a protocol, trained on one of the caches of 01.
@@ -205,7 +249,6 @@ class Reference:
         partition: by default a DFC with the profile's exclusive share.
         tie_shared: one decoder row per shared feature for both models.
         exclusive_coef: penalty on the exclusive features.
-        progress: show a bar while training.
     """
 
     profile: Profile
@@ -214,7 +257,6 @@ class Reference:
     partition: Partition | None = None
     tie_shared: bool = False
     exclusive_coef: float = 0.0
-    progress: bool = True
 
     def __post_init__(self):
         if self.protocol not in ("calibrated", "published"):
@@ -246,7 +288,7 @@ class Reference:
             seed=seed,
         )
 
-    def get(self, seed: int = 0) -> Crosscoder:
+    def get(self, seed: int = 0, progress: bool = True) -> Crosscoder:
         """The crosscoder of a seed, by ``get_or_train``."""
         labels = None
         if self.protocol == "published":
@@ -257,7 +299,7 @@ class Reference:
             paths.build(self.profile.name),
             self.activations.key,
             labels=labels,
-            progress=self.progress,
+            progress=progress,
         )
 
     def metrics(self, seed: int = 0) -> pd.DataFrame:
@@ -266,18 +308,18 @@ class Reference:
         return load_metrics(run_directory(self.config(seed), build, self.activations.key))
 
 
-def references(profile: Profile, progress: bool = True) -> dict[str, Reference]:
+def references(profile: Profile) -> dict[str, Reference]:
     """The DFCs that the notebooks compare, by name: what they learn from, and whether the shared
     decoder rows are tied; and the published recipe.
     """
     variants = {
         f"{vectors} {'tied' if tied else 'untied'}": Reference(
-            profile, vectors=vectors, tie_shared=tied, progress=progress
+            profile, vectors=vectors, tie_shared=tied
         )
         for vectors in ("all", "last")
         for tied in (False, True)
     }
-    return variants | {"published": Reference(profile, "published", progress=progress)}
+    return variants | {"published": Reference(profile, "published")}
 
 
 def run_directory(config: TrainConfig, build_dir: str | Path, data_key: str) -> Path:
@@ -329,21 +371,40 @@ def train(
         _discard_state(directory)
         return load(directory, device=config.device)
 
-    run = _Run(config, data, directory)
-    run.resume()
-    todo, name = (
-        range(run.step, config.steps),
-        f"crosscoder {config.partition.dict_size} k={config.k}",
-    )
-    bar = tqdm(todo, name, total=config.steps, initial=run.step, disable=not progress)
-    for step in bar:
-        run.train_step(data.batch(step))
-        if run.rows[-1]["step"] == run.step:
-            bar.set_postfix(mse=f"{run.rows[-1]['mse']:.4f}", refresh=False)
-        if run.step % config.checkpoint_every == 0 and run.step < config.steps:
-            run.checkpoint()
-    run.finish()
+    with _threads(config, data.d_model):
+        run = _Run(config, data, directory)
+        run.resume()
+        name = f"crosscoder {config.partition.dict_size} k={config.k}"
+        todo = range(run.step, config.steps)
+        bar = tqdm(todo, name, total=config.steps, initial=run.step, disable=not progress)
+        for step in bar:
+            run.train_step(data.batch(step))
+            if run.rows[-1]["step"] == run.step:
+                bar.set_postfix(mse=f"{run.rows[-1]['mse']:.4f}", refresh=False)
+            if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+                run.checkpoint()
+        run.finish()
     return load(directory, device=config.device)
+
+
+@contextmanager
+def _threads(config: TrainConfig, d_model: int) -> Iterator[None]:
+    """One thread for a small crosscoder on a CPU, whatever the machine has.
+
+    The last bits of a sum, and after a thousand steps many more, depend on how many threads made
+    it. With one, a small run gives the same weights whether two cores are free or eight, alone or
+    beside others (``get_all``).
+    """
+    product = config.batch_size * config.partition.n_models * d_model * config.partition.dict_size
+    if config.device != "cpu" or product > ONE_THREAD:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Run:
@@ -557,13 +618,13 @@ class _Data:
             )
         self.d_model = shape[2]
         self._epoch, self._order = -1, np.arange(0)
-        self.labels = self.statistics = None
+        self.labels, self.n_labels = None, 0
         if config.normalise == "zscore_unstored":
             self.labels = np.zeros(self.n, dtype=np.int64) if labels is None else np.asarray(labels)
             if self.labels.shape != (self.n,):
                 raise ValueError(f"labels have shape {self.labels.shape}, expected ({self.n},)")
             names, self.labels = np.unique(self.labels, return_inverse=True)
-            self.statistics = self._fit_zscore(len(names))
+            self.n_labels = len(names)
 
     def indices(self, step: int) -> Int64[np.ndarray, " batch"]:
         """The samples of a step, ascending (kinder to a memory map than the drawn order)."""
@@ -583,7 +644,7 @@ class _Data:
         """The activations of a step, on the device; raw, or z-scored in the published protocol."""
         indices = self.indices(step)
         x = self._gather(indices).to(self.config.device, getattr(torch, self.config.dtype))
-        if self.statistics is not None:
+        if self.labels is not None:
             label = torch.as_tensor(self.labels[indices], device=x.device)
             mean, deviation = (s.to(x) for s in self.statistics)
             x = (x - mean[label]) / deviation[label]
@@ -605,9 +666,11 @@ class _Data:
             return self.activations[torch.as_tensor(indices, device=self.activations.device)]
         return torch.from_numpy(np.ascontiguousarray(self.activations[indices]))
 
-    def _fit_zscore(self, n_labels: int) -> tuple[Tensor, Tensor]:
-        shape = (n_labels, self.config.partition.n_models, self.d_model)
-        count = torch.zeros(n_labels, 1, 1, dtype=torch.float64)
+    @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation per label, model and dimension."""
+        shape = (self.n_labels, self.config.partition.n_models, self.d_model)
+        count = torch.zeros(self.n_labels, 1, 1, dtype=torch.float64)
         total = torch.zeros(shape, dtype=torch.float64)
         squares = torch.zeros_like(total)
         start = 0

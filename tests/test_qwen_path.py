@@ -147,9 +147,9 @@ def test_from_two_models_to_a_grid(profile):
     want = hidden[LAYER + 1][0, -1].float()
     assert (last.gather([5])[0, 1] - want).norm() < 0.05 * want.norm()
 
-    reference = Reference(profile, vectors="last", tie_shared=True, progress=False)
-    crosscoder = reference.get(seed=0)
-    assert Reference(profile, progress=False).get(seed=0).d_model == WIDTH
+    reference = Reference(profile, vectors="last", tie_shared=True)
+    crosscoder = reference.get(seed=0, progress=False)
+    assert Reference(profile).get(seed=0, progress=False).d_model == WIDTH
     loss = reference.metrics(seed=0)
     assert loss.mse.iloc[-1] < loss.mse.iloc[0]
 

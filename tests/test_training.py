@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -480,6 +481,49 @@ def test_learning_rate_rises_and_falls_linearly():
     np.testing.assert_allclose(rates[-2:], [0.2, 0.1])
 
 
+def test_many_crosscoders_side_by_side_are_the_same_as_one_by_one(tmp_path):
+    configs = {seed: changed(seed=seed) for seed in range(5)}
+    makers = {
+        seed: partial(get_or_train, config, X, tmp_path / "together", "x")
+        for seed, config in configs.items()
+    }
+    torch.set_num_threads(3)
+    together = training.get_all(makers, progress=False)
+    assert list(together) == list(configs)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    for seed, config in configs.items():
+        alone = get_or_train(config, X, tmp_path / "alone", "x", progress=False)
+        for one, other in zip(alone.parameters(), together[seed].parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_many_crosscoders_stop_at_the_first_that_fails(tmp_path):
+    bad = changed(lr=1e30, warmup_steps=0, clip_norm=0.0)
+    makers = {"bad": partial(get_or_train, bad, X, tmp_path, "x")}
+    makers |= {i: partial(get_or_train, changed(seed=i), X, tmp_path, "x") for i in range(5)}
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        training.get_all(makers, progress=False)  # one thread: one at a time
+    assert len(list(tmp_path.glob("crosscoders/*/cfg.json"))) < 5
+    rest = {name: maker for name, maker in makers.items() if name != "bad"}
+    assert len(training.get_all(rest, progress=False)) == 5
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_small_run_does_not_depend_on_the_number_of_threads(tmp_path, before):
+    config = changed(batch_size=64, partition=Partition.dedicated(256, 0.1), k=8)
+    x = torch.randn(300, 2, 32, generator=torch.Generator().manual_seed(3))
+    usual = torch.get_num_threads()
+    torch.set_num_threads(before)
+    try:
+        crosscoder = train(config, x, tmp_path / "a", progress=False)
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(usual)
+    again = train(config, x, tmp_path / "b", progress=False)
+    assert torch.equal(crosscoder.W_dec, again.W_dec)
+
+
 def test_a_reference_trains_from_its_cache_and_the_protocols_differ(tmp_path, monkeypatch):
     monkeypatch.setenv("DFC_BUILD", str(tmp_path))
     pair = Pair({"A": qwen(0), "B": qwen(1)}, None, 1)
@@ -490,14 +534,14 @@ def test_a_reference_trains_from_its_cache_and_the_protocols_differ(tmp_path, mo
             pair, ids, tmp_path / "smoke" / "activations" / name, positions=positions, meta=meta
         )
     profile = dataclasses.replace(profiles.get("smoke"), dict_size=20, k=2, steps=3, batch_size=8)
-    calibrated = Reference(profile, progress=False)
-    published = Reference(profile, "published", progress=False)
+    calibrated = Reference(profile)
+    published = Reference(profile, "published")
     assert calibrated.activations.positions == "all"
     assert published.activations.positions == "last"
     assert not calibrated.get().normaliser.is_identity
     assert published.get().normaliser.is_identity
     assert calibrated.get().cfg.tie_shared is False
-    tied = Reference(profile, tie_shared=True, vectors="last", progress=False)
+    tied = Reference(profile, tie_shared=True, vectors="last")
     assert tied.get(seed=1).cfg.tie_shared is True
     assert tied.metrics(seed=1).step.tolist() == [1, 3]
     with pytest.raises(ValueError, match="protocol='other'"):
