@@ -2,7 +2,8 @@
 
 A notebook declares in its metadata what cannot be read off its code::
 
-    "dfc": {"needs": ["01_cache_activations"],  notebooks that run before it
+    "dfc": {"minutes": 4,  about how long it runs
+            "needs": ["01_cache_activations"],  notebooks that run before it
             "inputs": ["data/pair"],            files or folders of the compendium that it reads
             "outputs": ["activations"]}         what it leaves in build/<profile>/ for later ones
 
@@ -62,6 +63,11 @@ class Notebook:
                 f"{self.path.name}: metadata.dfc.{what} must be a list of strings, not {items!r}"
             )
         return items
+
+    @property
+    def minutes(self) -> float:
+        """About how long it runs at the published profile; decides what begins first."""
+        return float(self.content["metadata"].get("dfc", {}).get("minutes", 0))
 
     @cached_property
     def code(self) -> list[str]:

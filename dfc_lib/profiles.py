@@ -54,12 +54,19 @@ class Profile:
     max_new_tokens: int  # an answer is cut here
     dtype: str  # in which the models are run: a torch dtype by name
     device: str  # "cpu", "cuda" or "mps"
+    threads: int  # of a notebook on a CPU, where small models leave cores to others; 0: all cores
     file: str = ""  # the file that it was read from, as an absolute path; empty: it is one of these
 
     @property
     def family(self) -> dict[str, str]:
         """Every model by name: ``base`` (B) first, ``A`` last."""
         return {"base": self.model_b, **dict(self.others), "A": self.model_a}
+
+    @property
+    def side_by_side(self) -> int:
+        """How many small jobs, such as trainings, run at a time: one for each core they leave."""
+        alone = self.device != "cpu" or not self.threads
+        return 1 if alone else max(1, paths.cores() // self.threads)
 
     @property
     def handle(self) -> str:
@@ -133,6 +140,7 @@ _TOY = Profile(
     max_new_tokens=80,
     dtype="float32",
     device="cpu",
+    threads=1,
 )
 
 PROFILES: dict[str, Profile] = {
@@ -186,6 +194,7 @@ PROFILES: dict[str, Profile] = {
         max_new_tokens=256,
         dtype="bfloat16",
         device="cuda",
+        threads=0,
     ),
 }
 

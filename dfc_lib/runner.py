@@ -1,7 +1,7 @@
 """Executes the notebooks that need it, and only those: the small program behind ``make``.
 
     python -m dfc_lib.runner run     what is stale, in order; --notebook 05, --profile smoke,
-                                     -p NAME=VALUE, --output DIR, --force
+                                     -p NAME=VALUE, --output DIR, --force, --jobs 1
     python -m dfc_lib.runner status  which notebooks and figures are stale, and why
     python -m dfc_lib.runner check   the whole sequence through nbval; --lax compares marked cells
 
@@ -9,7 +9,8 @@ A notebook is *fresh* while its key (see :mod:`dfc_lib.freshness`) and everythin
 are unchanged. Nothing good is replaced before a run has succeeded: the notebook is executed to
 ``<name>.partial.ipynb``, its figures are collected in a staging folder, and both move to their
 places at the end: ``notebooks/`` and ``figures/`` at the published profile, ``build/<profile>/`` at
-the others.
+the others. Notebooks that do not need each other run side by side, each in a process of its own,
+if the profile gives one of them fewer threads than the machine has cores.
 
 Papermill and the like are imported where they are used, so finding nothing to do is quick.
 """
@@ -18,14 +19,16 @@ import argparse
 import ast
 import contextlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -129,6 +132,9 @@ class Project:
     def kernel_environment(self, **extra: str) -> contextlib.AbstractContextManager[None]:
         """The environment that kernels start in, for as long as the context lasts."""
         on_path = [str(self.root), os.environ.get("PYTHONPATH", "")]
+        if self.profile.threads:  # the same on every machine: the last bits of a sum depend on it
+            libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
+            extra |= {f"{name}_NUM_THREADS": str(self.profile.threads) for name in libraries}
         return _environment(
             DFC_ROOT=str(self.root),
             DFC_PROFILE=self.profile.handle,
@@ -147,72 +153,153 @@ class Project:
 # Executing one notebook
 
 
-def execute(project: Project, name: str, overrides: dict[str, Any] | None = None) -> dict:
-    """Execute one notebook and, once it has succeeded, put it and its figures in their places.
+@dataclass
+class Job:
+    """A notebook that is being executed in a process of its own."""
 
-    Returns:
-        What is recorded: ``key, parts, outputs_sha256, files`` (sha256 by name) and ``seconds``.
+    project: Project
+    name: str
+    keep_injected: bool
+    key: str
+    parts: dict[str, str]
+    process: multiprocessing.process.BaseProcess
+    started: float
 
-    Raises:
-        CompendiumError: an input is missing, a cell raised, the kernel died, or an output shows a
-            path of this machine although the notebook is to be committed.
-    """
+    @property
+    def partial(self) -> Path:
+        return self.project.partial(self.name)
+
+    @property
+    def error(self) -> Path:
+        return self.partial.with_suffix(".error")
+
+    @property
+    def staging(self) -> Path:
+        return self.project.results / "staging" / self.name
+
+    @classmethod
+    def start(
+        cls, project: Project, name: str, overrides: dict[str, Any] | None = None, bar: bool = False
+    ) -> "Job":
+        """Begin to execute a notebook.
+
+        Raises:
+            CompendiumError: an input is missing.
+        """
+        notebook = project.notebooks[name]
+        for item in notebook.declared("inputs"):
+            if not (project.root / item).exists():
+                raise CompendiumError(
+                    f"{name} reads {item}, which is missing; git checkout -- {item}"
+                )
+        # Taken before the run: what is edited meanwhile must count as changed, not as what ran.
+        parts, key = project.keys.parts(name, overrides), project.keys.key(name, overrides)
+        partial = project.partial(name)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        task = {
+            "input_path": str(notebook.path),
+            "output_path": str(partial),
+            "parameters": overrides or None,
+            "cwd": str(notebook.path.parent),
+            "progress_bar": bar and sys.stderr.isatty(),
+        }
+        process = _SPAWN.Process(target=_papermill, args=(task,), name=name, daemon=True)
+        job = cls(project, name, bool(overrides), key, parts, process, time.perf_counter())
+        job.error.unlink(missing_ok=True)
+        shutil.rmtree(job.staging, ignore_errors=True)
+        job.staging.mkdir(parents=True)
+        figures = {"DFC_FIGURES": str(project.figures), "DFC_STAGING": str(job.staging)}
+        with project.kernel_environment(DFC_NOTEBOOK=name, DFC_CODE_HASH=key, **figures):
+            process.start()
+        return job
+
+    def finish(self) -> dict:
+        """Put the notebook and its figures in their places, if the process ended well.
+
+        Returns:
+            What is recorded: ``key, parts, outputs_sha256, files`` (sha256 by name), ``seconds``.
+
+        Raises:
+            CompendiumError: a cell raised, the kernel died, or an output shows a path of this
+                machine although the notebook is to be committed.
+        """
+        self.process.join()
+        seconds = round(time.perf_counter() - self.started, 1)
+        if self.process.exitcode:
+            message = f"{self.name}: its process ended with status {self.process.exitcode}"
+            if self.error.exists():
+                message = self.error.read_text(encoding="utf-8")
+                self.error.unlink()
+            raise CompendiumError(message)
+        project, partial = self.project, self.partial
+        notebook = project.notebooks[self.name]
+        text = _settle(project, notebook, partial, keep_injected=self.keep_injected)
+        files = _publish_figures(project, self.name, self.staging)
+        paths.write_atomically(project.executed(self.name), text)
+        partial.unlink()
+        state = {
+            "key": self.key,
+            "parts": self.parts,
+            "outputs_sha256": _outputs_digest(text),
+            "files": files,
+            "seconds": seconds,
+        }
+        paths.write_atomically(project.state_file(self.name), json.dumps(state, indent=1) + "\n")
+        return state
+
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+def _end_with_the_runner() -> None:
+    """In a child: end, kernel included, when the runner says so and when it is gone."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    runner = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([runner.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _papermill(task: dict[str, Any]) -> None:
+    """In a child: execute a notebook; what went wrong is left in a file for :meth:`Job.finish`."""
+    _end_with_the_runner()
+    partial = Path(task["output_path"])
+    name = partial.name.partition(".")[0]
+    try:
+        message = _why_papermill_failed(name, partial, task)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if message:
+        paths.write_atomically(partial.with_suffix(".error"), message)
+        sys.exit(1)
+
+
+def _why_papermill_failed(name: str, partial: Path, task: dict[str, Any]) -> str | None:
     try:
         import papermill
         from nbclient.exceptions import DeadKernelError
         from papermill.exceptions import PapermillExecutionError
     except ImportError as error:
-        raise CompendiumError(
-            f"{error.name} is not installed for {sys.executable}; run: make setup"
-        ) from error
-
-    notebook = project.notebooks[name]
-    for item in notebook.declared("inputs"):
-        if not (project.root / item).exists():
-            raise CompendiumError(f"{name} reads {item}, which is missing; git checkout -- {item}")
-    # Taken before the run: what is edited meanwhile must count as changed, not as what ran.
-    parts, key = project.keys.parts(name, overrides), project.keys.key(name, overrides)
-    partial, staging = project.partial(name), project.results / "staging" / name
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    figures = {"DFC_FIGURES": str(project.figures), "DFC_STAGING": str(staging)}
-    started = time.perf_counter()
+        return f"{error.name} is not installed for {sys.executable}; run: make setup"
     try:
-        with project.kernel_environment(DFC_NOTEBOOK=name, DFC_CODE_HASH=key, **figures):
-            papermill.execute_notebook(
-                str(notebook.path),
-                str(partial),
-                parameters=overrides or None,
-                kernel_name="python3",
-                cwd=str(notebook.path.parent),
-                progress_bar=sys.stderr.isatty(),
-                start_timeout=START_TIMEOUT,
-                extra_arguments=["--log-level=ERROR"],  # no notice about local sockets per kernel
-            )
+        papermill.execute_notebook(
+            **task,
+            kernel_name="python3",
+            start_timeout=START_TIMEOUT,
+            extra_arguments=["--log-level=ERROR"],  # no notice about local sockets per kernel
+        )
     except PapermillExecutionError as error:
         where = f"{name} failed in cell [{error.exec_count}]"
-        raise _failure(where, error.source, "\n".join(error.traceback), partial) from None
+        return _failure(where, error.source, "\n".join(error.traceback), partial)
     except DeadKernelError:
         where = f"{name}: the kernel died (out of memory?) in the cell"
-        raise _failure(where, _last_started(partial), "", partial) from None
+        return _failure(where, _last_started(partial), "", partial)
     except RuntimeError as error:
-        raise CompendiumError(f"{name}: its kernel could not be started: {error}") from error
-    seconds = round(time.perf_counter() - started, 1)
-
-    text = _settle(project, notebook, partial, keep_injected=bool(overrides))
-    files = _publish_figures(project, name, staging)
-    paths.write_atomically(project.executed(name), text)
-    partial.unlink()
-    state = {
-        "key": key,
-        "parts": parts,
-        "outputs_sha256": _outputs_digest(text),
-        "files": files,
-        "seconds": seconds,
-    }
-    paths.write_atomically(project.state_file(name), json.dumps(state, indent=1) + "\n")
-    return state
+        return f"{name}: its kernel could not be started: {error}"
+    return None
 
 
 def _settle(project: Project, notebook: Notebook, partial: Path, *, keep_injected: bool) -> str:
@@ -323,11 +410,11 @@ def _publish_figures(project: Project, name: str, staging: Path) -> dict[str, st
     return {file: project.contents.file(project.figures / file) for file in files}
 
 
-def _failure(where: str, source: str, traceback: str, partial: Path) -> CompendiumError:
+def _failure(where: str, source: str, traceback: str, partial: Path) -> str:
     if not sys.stderr.isatty():
         traceback = re.sub(r"\x1b\[[0-9;]*m", "", traceback)
     cell = "\n".join(f"    {line}" for line in source.splitlines())
-    return CompendiumError(
+    return (
         f"{where}\n\n{cell}\n\n{traceback}\n\n"
         f"All until there is in {partial}; no good result was replaced."
     )
@@ -356,16 +443,19 @@ def run(
     overrides: dict[str, Any] | None = None,
     *,
     force: bool = False,
+    jobs: int = 0,
 ) -> list[str]:
     """Execute what is stale among ``wanted`` (default: all) and what those need.
 
-    ``overrides`` and ``project.output`` apply to the wanted notebooks alone.
+    ``overrides`` and ``project.output`` apply to the wanted notebooks alone. As many as ``jobs``
+    (default: ``Profile.side_by_side``) run at a time, those first on which the longest work waits.
 
     Returns:
         The names of the notebooks that were executed.
 
     Raises:
-        CompendiumError: as :func:`execute`; or an unknown parameter, or another run in progress.
+        CompendiumError: as :class:`Job`, once those that had begun are done; or an unknown
+            parameter, or another run in progress.
     """
     notebooks = _some_notebooks(project)
     targets = select(notebooks, wanted) or list(notebooks)
@@ -381,26 +471,95 @@ def run(
     as_it_stands = Project(project.root, project.profile)
     order = with_needs(notebooks, targets)
     executed: list[str] = []
-    started = time.perf_counter()
+    started, jobs = time.perf_counter(), jobs or project.profile.side_by_side
+
+    def start(name: str) -> Job | None:
+        place, values = (project, overrides) if name in targets else (as_it_stands, None)
+        why = place.why_stale(name, values)
+        if force and name in targets:
+            why = why or "forced"
+        if why is None:
+            return None
+        print(f"[{order.index(name) + 1}/{len(order)}] {name} ({why})", flush=True)
+        return Job.start(place, name, values, bar=jobs == 1)
+
+    def finish(job: Job) -> None:
+        state = job.finish()
+        executed.append(job.name)
+        figures = ", ".join(sorted({Path(file).stem for file in state["files"]}))
+        of = f"{job.name}: " if jobs > 1 else ""
+        print(f"    {of}{state['seconds']:.0f} s, figures: {figures or 'none'}", flush=True)
+
     with _lock(project):
-        for number, name in enumerate(order, 1):
-            place, values = (project, overrides) if name in targets else (as_it_stands, None)
-            why = place.why_stale(name, values)
-            if force and name in targets:
-                why = why or "forced"
-            if why is None:
-                continue
-            print(f"[{number}/{len(order)}] {name} ({why})", flush=True)
-            state = execute(place, name, values)
-            executed.append(name)
-            figures = ", ".join(sorted({Path(file).stem for file in state["files"]}))
-            print(f"    {state['seconds']:.0f} s, figures: {figures or 'none'}", flush=True)
-        as_it_stands.contents.save() if project.output else project.contents.save()
+        try:
+            _in_order(notebooks, order, start, finish, jobs)
+        finally:
+            as_it_stands.contents.save() if project.output else project.contents.save()
     print(
         f"profile {project.profile.name}: {len(executed)} run, {len(order) - len(executed)} "
         f"already fresh, {time.perf_counter() - started:.1f} s"
     )
-    return executed
+    return [name for name in order if name in executed]
+
+
+def _in_order(
+    notebooks: dict[str, Notebook],
+    order: list[str],
+    start: Callable[[str], Any],
+    finish: Callable[[Any], None],
+    jobs: int,
+    timeout: float | None = None,
+) -> None:
+    """Start each notebook once what it needs has ended, at most ``jobs`` at a time.
+
+    Args:
+        start: gives something with a ``process``, or None where there is nothing to do.
+        finish: is called when the process has ended; what it raises stops the rest.
+        timeout: seconds for all.
+    """
+    after = {n: [m for m in order if n in notebooks[m].declared("needs")] for n in order}
+
+    def urgency(name: str) -> float:
+        return notebooks[name].minutes + max(map(urgency, after[name]), default=0.0)
+
+    waiting = sorted(order, key=urgency, reverse=True)  # stable: otherwise by number
+    running: list[Any] = []
+    failure: CompendiumError | None = None
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        while waiting or running:
+            pending = {*waiting, *(job.name for job in running)}
+            for name in list(waiting) if failure is None else ():
+                if len(running) < jobs and pending.isdisjoint(notebooks[name].declared("needs")):
+                    waiting.remove(name)
+                    if job := start(name):
+                        running.append(job)
+                    else:
+                        pending.remove(name)
+            if failure and not running:
+                break
+            if not running:  # all that could begin was fresh; the next round goes on from there
+                continue
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ended = multiprocessing.connection.wait([j.process.sentinel for j in running], left)
+            if not ended:
+                raise CompendiumError(f"not done after {timeout:g} s; see --timeout")
+            for job in [job for job in running if job.process.sentinel in ended]:
+                running.remove(job)
+                try:
+                    finish(job)
+                except CompendiumError as error:
+                    failure = failure or error
+                    if running:
+                        names = ", ".join(other.name for other in running)
+                        print(f"    {job.name} FAILED; still running: {names}", flush=True)
+        if failure:
+            raise failure
+    finally:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.join()
 
 
 def check_overrides(notebook: Notebook, overrides: dict[str, Any]) -> None:
@@ -460,8 +619,9 @@ def check(
     lax: bool = True,
     timeout: float = 7200,
     cell_timeout: float = 1800,
+    jobs: int = 0,
 ) -> int:
-    """Execute the notebooks in order through nbval, in one pytest process; returns its exit status.
+    """Execute the notebooks through nbval, each in a pytest process; returns the first bad status.
 
     Cells marked ``# NBVAL_CHECK_OUTPUT`` are compared with their stored output at every profile,
     those marked ``# REGRESS`` at the published one (``conftest.py``), without ``lax`` all others
@@ -473,25 +633,59 @@ def check(
     notebooks = _some_notebooks(project)
     targets = with_needs(notebooks, select(notebooks, wanted) or notebooks)
     figures = project.build / "check" / "figures"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [f"--rootdir={project.root}", "--nbval-lax" if lax else "--nbval"]
-    command += ["--nbval-current-env", f"--nbval-kernel-startup-timeout={START_TIMEOUT}"]
-    command += [f"--nbval-cell-timeout={cell_timeout:g}", "--durations=5"]
-    command += [str(notebooks[name].path) for name in targets]
+    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={project.root}"]
+    options += ["--nbval-lax" if lax else "--nbval", "--nbval-current-env", "--durations=2"]
+    options += [f"--nbval-kernel-startup-timeout={START_TIMEOUT}"]
+    options += [f"--nbval-cell-timeout={cell_timeout:g}"]
+    codes: list[int] = []
+
+    def start(name: str) -> Check:
+        log = figures.parent / f"{name}.log"
+        arguments = ([*options, str(notebooks[name].path)], project.root, log)
+        process = _SPAWN.Process(target=_nbval, args=arguments, name=name, daemon=True)
+        process.start()
+        return Check(name, process, log)
+
+    def finish(job: Check) -> None:
+        job.process.join()
+        codes.append(job.process.exitcode or 0)
+        print(job.log.read_text(encoding="utf-8"), flush=True)
+
     with _lock(project), project.kernel_environment(DFC_FIGURES=str(figures)):
-        shutil.rmtree(figures, ignore_errors=True)
-        try:
-            code = subprocess.run(
-                command, cwd=project.root, timeout=timeout, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            raise CompendiumError(f"not done after {timeout:g} s; see --timeout") from None
+        shutil.rmtree(figures.parent, ignore_errors=True)
+        figures.parent.mkdir(parents=True)
+        _in_order(notebooks, targets, start, finish, jobs or project.profile.side_by_side, timeout)
+    code = next(filter(None, codes), 0)
     if project.published:
         made = sorted(figures.glob("*.csv"))
         differing = [f for f in made if not _same(f, project.figures / f.name)]
         print(f"{len(made) - len(differing)} of {len(made)} CSVs are byte-identical to figures/")
         print("".join(f"    differs: {file}\n" for file in differing), end="")
     return code
+
+
+@dataclass
+class Check:
+    """A notebook that nbval is executing."""
+
+    name: str
+    process: multiprocessing.process.BaseProcess
+    log: Path
+
+
+def _nbval(arguments: list[str], root: Path, log: Path) -> None:
+    """In a child: one pytest run, its output in a file so that two do not mix."""
+    _end_with_the_runner()
+    import pytest
+
+    os.chdir(root)
+    with log.open("w", encoding="utf-8") as stream:
+        for output in (sys.stdout, sys.stderr):
+            output.flush()
+            os.dup2(stream.fileno(), output.fileno())
+        status = int(pytest.main(arguments))
+        sys.stdout.flush()
+    sys.exit(status)
 
 
 def _some_notebooks(project: Project) -> dict[str, Notebook]:
@@ -586,6 +780,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="a folder for the results")
     parser.add_argument("--force", action="store_true", help="run even what is fresh")
     parser.add_argument("--lax", action="store_true", help="check: compare marked cells only")
+    parser.add_argument("--jobs", type=int, default=0, help="notebooks at a time")
     parser.add_argument("--timeout", type=float, default=7200, help="check: seconds for it all")
     parser.add_argument("--cell-timeout", type=float, default=1800, help="check: per cell")
     parser.add_argument("--root", type=Path, default=paths.ROOT, help="another compendium")
@@ -597,10 +792,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(status(project))
         elif options.command == "check":
             limits = {"timeout": options.timeout, "cell_timeout": options.cell_timeout}
-            return check(project, options.notebook, lax=options.lax, **limits)
+            return check(project, options.notebook, lax=options.lax, jobs=options.jobs, **limits)
         else:
             overrides = parse_overrides(options.overrides)
-            run(project, options.notebook, overrides, force=options.force)
+            run(project, options.notebook, overrides, force=options.force, jobs=options.jobs)
     except (CompendiumError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

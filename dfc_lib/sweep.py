@@ -47,7 +47,7 @@ RATES = ("lenient", "strict", "format", "name")
 RATIOS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # ||delta|| / ||h|| of the random patches
 N_DRAWS = 8  # random directions per ratio
 N_GENERATED = 128  # prompts that are generated for, at most; the margin is read on all
-THREADS = 2  # of one task, wherever it runs
+THREADS = 1  # of one task, wherever it runs
 
 
 # -- the grid
@@ -366,11 +366,11 @@ def in_process(runs: Sequence[Run], profile: Profile) -> Iterator[tuple[Run, Res
 
     The seconds of training that it gives are the time that passed, shared out among those runs.
     """
-    bench, at_once = open_bench(profile), max(1, torch.get_num_threads())
+    bench, at_once = open_bench(profile), profile.side_by_side
     for i in range(0, len(runs), at_once):
         some, start = runs[i : i + at_once], time.perf_counter()
         makers = {run: partial(trained, run, bench) for run in some}
-        training.get_all(makers, profile.device, progress=False)
+        training.get_all(makers, at_once, progress=False)
         each = (time.perf_counter() - start) / len(some)
         for run in some:
             row, outcomes, seconds = run_one(run, bench)

@@ -196,23 +196,22 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def get_all(
-    makers: Mapping[Name, Callable[..., Crosscoder]], device: str = "cpu", progress: bool = True
+    makers: Mapping[Name, Callable[..., Crosscoder]], workers: int, progress: bool = True
 ) -> dict[Name, Crosscoder]:
-    """Many crosscoders, by name; on a CPU as many are trained at a time as there are cores.
+    """Many crosscoders, by name; ``workers`` are trained at a time.
 
-    >>> dfcs = get_all({seed: partial(reference.get, seed) for seed in range(10)})
+    >>> makers = {seed: partial(reference.get, seed) for seed in range(10)}
+    >>> dfcs = get_all(makers, profile.side_by_side)
 
     Small products do not gain from a second core, whole runs do. Each run uses the threads that it
     would use alone, so its weights are the same (``_threads``).
 
     Args:
         makers: functions that ``get_or_train`` and take ``progress``.
-        device: where they train; only a CPU takes several at once.
 
     Raises:
         what a maker raises, once the runs that had begun have stopped; the others are not begun.
     """
-    workers = torch.get_num_threads() if device == "cpu" else 1
     done = {}
     with (
         ThreadPoolExecutor(max(1, min(workers, len(makers)))) as pool,

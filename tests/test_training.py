@@ -487,11 +487,8 @@ def test_many_crosscoders_side_by_side_are_the_same_as_one_by_one(tmp_path):
         seed: partial(get_or_train, config, X, tmp_path / "together", "x")
         for seed, config in configs.items()
     }
-    torch.set_num_threads(3)
-    together = training.get_all(makers, progress=False)
+    together = training.get_all(makers, 3, progress=False)
     assert list(together) == list(configs)
-    assert torch.get_num_threads() == 3
-    torch.set_num_threads(1)
     for seed, config in configs.items():
         alone = get_or_train(config, X, tmp_path / "alone", "x", progress=False)
         for one, other in zip(alone.parameters(), together[seed].parameters(), strict=True):
@@ -503,10 +500,10 @@ def test_many_crosscoders_stop_at_the_first_that_fails(tmp_path):
     makers = {"bad": partial(get_or_train, bad, X, tmp_path, "x")}
     makers |= {i: partial(get_or_train, changed(seed=i), X, tmp_path, "x") for i in range(5)}
     with pytest.raises(FloatingPointError, match="lower lr"):
-        training.get_all(makers, progress=False)  # one thread: one at a time
+        training.get_all(makers, 1, progress=False)
     assert len(list(tmp_path.glob("crosscoders/*/cfg.json"))) < 5
     rest = {name: maker for name, maker in makers.items() if name != "bad"}
-    assert len(training.get_all(rest, progress=False)) == 5
+    assert len(training.get_all(rest, 2, progress=False)) == 5
 
 
 @pytest.mark.parametrize("before", [1, 2])
