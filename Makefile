@@ -10,10 +10,12 @@ PROFILE ?= toy
 NB ?=
 CROSSCODER ?=
 RAY ?=
+JOBS ?=
 TORCH_INDEX ?=
 PYTHON ?=
 
 notebooks := $(if $(NB),--notebook $(NB))
+jobs := $(if $(JOBS),--jobs $(JOBS))
 bin := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 # VENV not set: bootstrap .venv. VENV= (empty): the current python. VENV=path: that environment.
@@ -44,6 +46,7 @@ help: ## this text
 	@echo
 	@echo "  PROFILE=smoke    for figures and status: smoke (minutes), toy (default), qwen (GPU)"
 	@echo "  NB=05            only notebook 05 and what it needs"
+	@echo "  JOBS=1           notebooks at a time; not given, as many as the cores allow"
 	@echo "  VENV=            use the current python (conda, Colab); VENV=dir that environment;"
 	@echo "                   not given, .venv is made and kept up to date"
 	@echo "  PYTHON=python3   the Python that .venv is made with"
@@ -53,19 +56,19 @@ help: ## this text
 setup: environment ## make .venv, or bring it up to date (about 2.5 GB)
 
 figures: environment ## execute the notebooks that changed; figures/ and notebooks/ are their result
-	@$(python) -m dfc_lib.runner run --profile $(PROFILE) $(notebooks)
+	@$(python) -m dfc_lib.runner run --profile $(PROFILE) $(notebooks) $(jobs)
 
 smoke: environment ## the same with tiny budgets, into build/smoke/
-	@$(python) -m dfc_lib.runner run --profile smoke $(notebooks)
+	@$(python) -m dfc_lib.runner run --profile smoke $(notebooks) $(jobs)
 
 test: environment ## ruff, pytest, and every notebook at smoke through nbval
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m pytest -q
-	$(python) -m dfc_lib.runner check --profile smoke --lax $(notebooks)
+	$(python) -m dfc_lib.runner check --profile smoke --lax $(notebooks) $(jobs)
 
 regress: environment ## every notebook at toy through nbval, its rounded results compared
-	$(python) -m dfc_lib.runner check --profile toy --lax $(notebooks)
+	$(python) -m dfc_lib.runner check --profile toy --lax $(notebooks) $(jobs)
 
 pair: environment ## remake the embedded pair of models from nothing (resumes; says how long it takes)
 	@$(python) -m dfc_lib.toyworld

@@ -371,6 +371,56 @@ def test_terminating_a_run_keeps_the_good_notebook_and_stops_the_kernel(ran, com
         pytest.fail("the kernel is still running")
 
 
+def meet(mine: str, other: str) -> str:
+    """A cell that ends only if the other notebook's cell runs at the same time."""
+    return (
+        f"import time; from pathlib import Path; Path({mine!r}).touch()\n"
+        f"deadline = time.monotonic() + 120\n"
+        f"while not Path({other!r}).exists():\n"
+        f"    assert time.monotonic() < deadline\n    time.sleep(0.1)"
+    )
+
+
+def test_notebooks_that_do_not_need_each_other_run_side_by_side(fresh, command):
+    """Two cores must not wait for one notebook; and what is needed must still come first."""
+    write_notebook(fresh, "00_first", [meet("../first", "../alone")])
+    write_notebook(fresh, "02_alone", [meet("../alone", "../first")])
+    write_notebook(fresh, "01_second", ["assert not open('../first').read()"], needs=["00_first"])
+    shown = command(fresh, "run", "--jobs", "2")
+    assert shown.index("00_first: ") < shown.index("01_second (")
+    assert "3 run, 0 already fresh" in shown
+
+
+def test_a_failure_does_not_waste_what_runs_beside_it(fresh, command):
+    """A notebook of ten minutes is not thrown away because another has failed."""
+    fails = meet("../first", "../alone") + "\n1 / 0"
+    goes_on = meet("../alone", "../first") + "\nimport time; time.sleep(3)"
+    write_notebook(fresh, "00_first", [fails])
+    write_notebook(fresh, "02_alone", [goes_on])
+    shown = command(fresh, "run", "--jobs", "2", status=1)
+    assert "00_first FAILED; still running: 02_alone" in shown
+    assert "ZeroDivisionError" in shown
+    assert "01_second (" not in shown
+    assert (fresh / "build/toy/state/02_alone.json").exists()
+
+
+def test_what_the_longest_work_waits_for_begins_first(fresh):
+    """Of two that could begin, the one at the head of the longer chain."""
+    begun, minutes = [], {"00_first": 1, "01_second": 5, "02_alone": 4, "03_last": 0}
+    for name, needs in (("00_first", []), ("01_second", ["00_first"]), ("02_alone", [])):
+        write_notebook(fresh, name, ["1"], needs=needs, minutes=minutes[name])
+    write_notebook(fresh, "03_last", ["1"], needs=["01_second", "02_alone"])
+    notebooks = freshness.load_notebooks(fresh)
+    runner._in_order(notebooks, list(notebooks), begun.append, print, jobs=1)
+    assert begun == ["00_first", "01_second", "02_alone", "03_last"]
+    minutes["02_alone"] = 7
+    write_notebook(fresh, "02_alone", ["1"], minutes=7)
+    begun.clear()
+    notebooks = freshness.load_notebooks(fresh)
+    runner._in_order(notebooks, list(notebooks), begun.append, print, jobs=1)
+    assert begun == ["02_alone", "00_first", "01_second", "03_last"]
+
+
 def test_the_lock_of_a_killed_run_is_taken_over(fresh, capsys):
     """A power cut must not require deleting a file by hand."""
     code = (
