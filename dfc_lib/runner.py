@@ -549,10 +549,10 @@ def _in_order(
                 try:
                     finish(job)
                 except CompendiumError as error:
-                    failure = failure or error
-                    if running:
+                    if failure or running:  # the first one is raised in the end; do not wait for it
                         names = ", ".join(other.name for other in running)
-                        print(f"    {job.name} FAILED; still running: {names}", flush=True)
+                        print(f"    {job.name} FAILED; still running: {names}\n{error}", flush=True)
+                    failure = failure or error
         if failure:
             raise failure
     finally:
