@@ -289,7 +289,8 @@ def _why_papermill_failed(name: str, partial: Path, task: dict[str, Any]) -> str
             **task,
             kernel_name="python3",
             start_timeout=START_TIMEOUT,
-            extra_arguments=["--log-level=ERROR"],  # no notice about local sockets per kernel
+            # No notice about local sockets per kernel, none about being asked to end.
+            extra_arguments=["--log-level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         where = f"{name} failed in cell [{error.exec_count}]"
