@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -120,15 +121,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch-size", type=int, help="of the cache; default: 8, on a GPU 32")
     parser.add_argument("--quick", action="store_true", help="64 prompts, one round")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    common.add_options(parser)
     args = parser.parse_args()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = common.set_up(args)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     n = args.prompts or (1_024 if device == "cuda" else 128)
     n, rounds = (64, 1) if args.quick else (n, args.rounds)

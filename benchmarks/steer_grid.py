@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 
@@ -50,37 +51,6 @@ from dfc_lib.pair import Pair, load_pair
 
 FEATURES, ALPHAS = (1, 2, 3, 4, 5, 7), (2.0, 4.0, 8.0, 16.0, 32.0)
 Tokens = dict[tuple[int, str], list[int]]  # (prompt, cell) -> continuation
-
-
-# --------------------------------------------------------------------------------------------------
-# Memory
-
-
-def _status(key: str) -> float:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-    except (OSError, StopIteration):
-        return float("nan")
-
-
-def _memory_now(device: str) -> float:
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
-
-
-def _peak_now(device: str) -> float:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        print("peak MB is an upper bound: this system cannot reset the mark", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,14 +135,14 @@ def run_published(
 def timed(run: Callable[[], Tokens], device: str) -> tuple[Tokens, dict]:
     """What a contender gives, its seconds (wall clock and CPU) and its peak of memory."""
     gc.collect()
-    before = _memory_now(device)
-    _reset_peak(device)
+    before = common.memory_now(device)
+    common.reset_peak(device)
     start, cpu = time.perf_counter(), time.process_time()
     out = run()
     if device == "cuda":
         torch.cuda.synchronize()
     cost = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    return out, cost | {"peak_MB": (_peak_now(device) - before) / 2**20}
+    return out, cost | {"peak_MB": (common.peak_now(device) - before) / 2**20}
 
 
 COLUMNS = (
@@ -195,20 +165,14 @@ def main() -> None:
     parser.add_argument("--published-prompts", type=int, default=2, help="likewise, as published")
     parser.add_argument("--full", action="store_true", help="both loops on every prompt")
     parser.add_argument("--quick", action="store_true", help="4 prompts x 6 cells of 16 tokens")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    common.add_options(parser)
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.cells, args.max_new_tokens = 4, 6, 16
         args.fair_prompts, args.published_prompts = 2, 1
     if args.full:
         args.fair_prompts = args.published_prompts = args.prompts
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = common.set_up(args)
 
     profile = profiles.get("toy")
     locations = {"A": profile.location(profile.model_a), "B": profile.location(profile.model_b)}

@@ -30,6 +30,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -71,8 +72,8 @@ class Stopwatch:
     def __post_init__(self):
         self.n = len(self.activations)
         gc.collect()
-        self._before = _memory_now(self.device)
-        _reset_peak(self.device)
+        self._before = common.memory_now(self.device)
+        common.reset_peak(self.device)
 
     def gather(self, indices) -> torch.Tensor:
         if len(indices) == self.batch:
@@ -83,7 +84,7 @@ class Stopwatch:
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.ticks.append(time.perf_counter())
-        self.peak = _peak_now(self.device) - self._before
+        self.peak = common.peak_now(self.device) - self._before
 
     def batches(self, steps: int):
         """``steps`` batches of random samples, with a tick before each."""
@@ -94,33 +95,6 @@ class Stopwatch:
     def seconds_per_step(self, warm_up: int) -> float:
         intervals = np.diff(self.ticks)[warm_up:]
         return statistics.median(intervals.tolist())
-
-
-def _status(key: str) -> float:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-    except (OSError, StopIteration):
-        return float("nan")
-
-
-def _memory_now(device: str) -> float:
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
-
-
-def _peak_now(device: str) -> float:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        print("peak MB is an upper bound: this system cannot reset the mark", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,15 +230,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("toy", "paper", "all"), default="toy")
     parser.add_argument("--quick", action="store_true", help="few steps, smallest paper size only")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    common.add_options(parser)
     args = parser.parse_args()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = common.set_up(args)
 
     sizes = {"toy": TOY, "paper": PAPER, "all": TOY + PAPER}[args.size]
     if args.quick:
