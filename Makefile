@@ -86,7 +86,7 @@ book: environment ## the notebooks as a website in build/book/html (nothing is e
 	cp -r book/_static book/conf.py book/index.md README.md CONTRIBUTING.md build/book/source
 	cp -r notebooks build/book/source/notebooks
 	cp data/pair/README.md build/book/source/data/pair
-	cp -r figures/*.png $(wildcard figures/dashboards) build/book/source/figures
+	cp -r figures/*.png figures/*.csv $(wildcard figures/dashboards) build/book/source/figures
 	$(python) -m sphinx -q -W --keep-going -b html build/book/source build/book/html
 	@echo "build/book/html/index.html"
 
