@@ -307,7 +307,7 @@ class Keys:
     _keys: dict[str, str] = field(default_factory=dict)
 
     @cached_property
-    def library(self) -> Library:
+    def modules(self) -> Library:
         return Library(self.root)
 
     def parts(self, name: str, overrides: dict[str, Any] | None = None) -> dict[str, str]:
@@ -328,7 +328,7 @@ class Keys:
             "profile": self.profile,
             "its code cells": digest(code_text(text, docstrings=True) for text in notebook.code),
             **{f"parameter {key}": repr(value) for key, value in (overrides or {}).items()},
-            **{module: self.library.fingerprint(module) for module in self.library.closure(plain)},
+            **{module: self.modules.fingerprint(module) for module in self.modules.closure(plain)},
             **{item: self.contents.of(self.root / item) for item in notebook.declared("inputs")},
             **{need: self.key(need) for need in notebook.declared("needs")},
             "requirements.lock": digest(pin for pin in pins if not pin.startswith("#")),
