@@ -226,7 +226,7 @@ def get_all(
             pool.shutdown(cancel_futures=True)
             raise
         finally:
-            torch.set_num_threads(torch.get_num_threads())  # threads to come count as this one
+            torch.set_num_threads(torch.get_num_threads())  # a worker's became all new threads'
     return {name: done[name] for name in makers}
 
 
