@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -230,6 +231,17 @@ def open_bench(profile: Profile) -> Bench:
     return Bench(profile)
 
 
+@contextmanager
+def fixed_threads() -> Iterator[None]:
+    """The last bits of a sum, and after a training many more, depend on how many threads did it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # -- the task
 
 Result = tuple[dict[str, Any], pd.DataFrame, dict[str, float]]
@@ -269,7 +281,7 @@ def trained(run: Run, bench: Bench, progress: bool = False) -> Crosscoder:
     return training.get_or_train(config, lambda: bench.x, bench.build, key, progress=progress)
 
 
-@training.fixed_threads(THREADS)
+@fixed_threads()
 def run_one(run: Run, bench: Bench) -> Result:
     """Train and evaluate one run.
 
@@ -320,7 +332,7 @@ class Scaled(Intervention):
         return self.ratio * site.own
 
 
-@training.fixed_threads(THREADS)
+@fixed_threads()
 def baselines(bench: Bench) -> pd.DataFrame:
     """Outcomes (``measure``) of both models left alone (``clean``), under the ``other model``'s
     activation, under mean patches (``tool mean``, ``neutral mean``: of the training vectors) and
@@ -428,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, start = parser.parse_args(arguments), time.perf_counter()
     try:
         bench = open_bench(profiles.load(options.profile))
-        print("a quarter of an hour at toy on two cores; finished runs are skipped", flush=True)
+        print("about ten minutes at toy on two cores; finished runs are skipped", flush=True)
         baselines(bench)
         rows, _, seconds = sweep(grid(), bench.profile, on_ray if options.ray else in_process)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
