@@ -147,11 +147,12 @@ def intervene(
     position: generation.Position = "last",
     max_new_tokens: int = 80,
     batch_size: int = 512,
+    prefix_cache: "generation.PrefixCache | None" = None,
     out_dir: str | Path | None = None,
     progress: bool = True,
 ) -> "pd.DataFrame":
     """Greedy behaviour of model `target` on records under every intervention (see
-    `generation.generate`, which also explains `position`, `batch_size` and `out_dir`).
+    `generation.generate`, which also explains `position`, `batch_size`, `prefix_cache`, `out_dir`).
 
     Returns:
         one line per (record, cell), records outermost: `prompt` (index of the record), `cell`,
@@ -172,6 +173,7 @@ def intervene(
         batch_size=batch_size,
         eos=end_tokens(pair.models[target], pair.tokenizer),
         readout=opener_ids(pair.tokenizer),
+        prefix_cache=prefix_cache,
         out_dir=out_dir,
         progress=progress,
     )

@@ -128,8 +128,9 @@ class _Prefix:
     def __init__(
         self, kv: dict[int, tuple[Tensor, Tensor]], lengths: Tensor, group: Tensor
     ) -> None:
-        self.kv, self.lengths = kv, lengths
-        self.layout = _Layout(group, len(lengths))
+        # Contiguous, or every product with them copies them first.
+        self.kv = {i: (k.contiguous(), v.contiguous()) for i, (k, v) in kv.items()}
+        self.lengths, self.layout = lengths, _Layout(group, len(lengths))
         self._mask()
 
     def _mask(self) -> None:
@@ -493,6 +494,7 @@ def generate(
     eos: int | Sequence[int] | None = None,
     batch_size: int = 256,
     readout: Sequence[int] | None = None,
+    prefix_cache: PrefixCache | None = None,
     out_dir: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -509,6 +511,8 @@ def generate(
             runs out. Results do not depend on it beyond rounding.
         readout: token ids whose log-probability at the first generated token is kept (for the
             call-vs-hedge margin); default: the whole vocabulary.
+        prefix_cache: the pair's :class:`PrefixCache` of (at least) these prompts, if they were read
+            before; only with ``position="last"``.
         out_dir: keep finished (prompt, cell) pairs here. The same call after a kill, or one with
             more prompts or cells, does only what is missing.
 
@@ -529,6 +533,10 @@ def generate(
         raise ValueError("interventions: empty; give at least {'clean': Clean()}.")
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError("batch_size and max_new_tokens must be at least 1.")
+    if prefix_cache is not None:
+        if position != "last":
+            raise ValueError(f"prefix_cache: only with position='last', not {position!r}.")
+        prefix_cache.check(pair, prompts)
     t, models = pair.index(target), list(pair.models.values())
     device, order = _prepared(models[t], prompts)
     vocab = models[t].lm_head.weight.shape[0]
@@ -546,6 +554,7 @@ def generate(
         ends=ends,
         max_new_tokens=max_new_tokens,
         readout=kept.to(device),
+        prefix_cache=prefix_cache,
     )
     settings = {
         "models": {name: fingerprint(model) for name, model in pair.models.items()},
@@ -597,25 +606,21 @@ class _Grid:
     ends: list[int]
     max_new_tokens: int
     readout: Int[Tensor, " kept"]
+    prefix_cache: PrefixCache | None
 
     def __call__(self, prompts: list, wanted: list[list[int]], batch_size: int) -> dict:
         """Records of the (prompt, cell) pairs ``wanted``: one prefill, then batches of rows."""
-        device = self.readout.device
-        ids, lengths = _pad_right(prompts, device)
-        at = torch.arange(ids.shape[1], device=device).expand_as(ids)
-        hidden, lower = _to_site(self.streams, self.runs, self.target, ids, at)
         pairs = [(p, c) for p, cells in enumerate(wanted) for c in cells]
         if self.position == "last":
-            last = torch.arange(len(prompts), device=device), lengths - 1
-            site = Site(hidden[last].float(), self.target)
-            # Above the site, earlier tokens are the same in every cell. Prompts of one token have
-            # none; the one column kept for them is hidden by its length of 0.
-            upper = _Record()
-            earlier = hidden[:, : max(1, ids.shape[1] - 1), self.target]
-            stream = self.streams[self.target]
-            stream.blocks(stream.upper, earlier, at[:, : earlier.shape[1]], upper)
-            start = partial(self._from_last_token, site, lower, upper.kv, lengths)
+            if self.prefix_cache is None:
+                read = _read(self.streams, self.runs, self.target, prompts, self.readout.device)
+            else:
+                read = self.prefix_cache.of(prompts, self.target)
+            start = partial(self._from_last_token, read)
         else:
+            ids, lengths = _pad_right(prompts, self.readout.device)
+            at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            hidden, lower = _to_site(self.streams, self.runs, self.target, ids, at)
             acted = _acted(at, lengths, self.position)
             site = Site(hidden.flatten(0, 1).float(), self.target)
             start = partial(self._from_every_token, site, acted, lower, lengths)
@@ -624,10 +629,9 @@ class _Grid:
             out |= start(pairs[i : i + batch_size])
         return out
 
-    def _from_last_token(
-        self, site: Site, lower: list, upper: dict, lengths: Tensor, pairs: list[tuple[int, int]]
-    ) -> dict:
-        stream = self.streams[self.target]
+    def _from_last_token(self, read: _Read, pairs: list[tuple[int, int]]) -> dict:
+        stream, lengths = self.streams[self.target], read.lengths
+        site = Site(read.hidden.float(), self.target)
         changed = {c: apply(self.cells[c], site) for c in {c for _, c in pairs}}
         patched = torch.stack([changed[c][0][p] for p, c in pairs])
         # Cells that give a prompt the same vector (alpha = 1, a silent feature) decode alike: once.
@@ -638,8 +642,8 @@ class _Grid:
         first_of[row_of.flip(0)] = torch.arange(len(pairs), device=prompt.device).flip(0)
         group, patched = prompt[first_of], patched[first_of].to(stream.dtype)
 
-        prefixes = dict.fromkeys(stream.lower, _Prefix(lower[self.target], lengths, group))
-        prefixes |= dict.fromkeys(stream.upper, _Prefix(upper, lengths - 1, group))
+        prefixes = dict.fromkeys(stream.lower, _Prefix(read.lower, lengths, group))
+        prefixes |= dict.fromkeys(stream.upper, _Prefix(read.upper, lengths - 1, group))
         suffix, positions = _Suffix(), (lengths[group] - 1)[:, None]
         hidden = stream.blocks(stream.upper, patched[:, None], positions, suffix, prefixes)
         logits = stream.logits(hidden)
@@ -742,6 +746,101 @@ def _to_site(
         lower.append(record.kv)
     nan = torch.full_like(hidden[target], torch.nan)
     return torch.stack([nan if h is None else h for h in hidden], 2), lower
+
+
+class _Read(NamedTuple):
+    """A batch of prompts, read: residuals at the site at their last tokens, ``hidden`` (prompt,
+    model, d_model); the target's keys and values up to the site, and above it, where the last token
+    is left out; ``lengths`` (prompt,).
+    """
+
+    hidden: Tensor
+    lower: dict[int, tuple[Tensor, Tensor]]
+    upper: dict[int, tuple[Tensor, Tensor]]
+    lengths: Tensor
+
+
+def _read(
+    streams: Sequence[_Stream],
+    runs: Sequence[bool],
+    target: int,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+) -> _Read:
+    ids, lengths = _pad_right(prompts, device)
+    at = torch.arange(ids.shape[1], device=device).expand_as(ids)
+    hidden, lower = _to_site(streams, runs, target, ids, at)
+    # Above the site, earlier tokens are the same in every cell. Prompts of one token have none; the
+    # one column kept for them is hidden by its length of 0.
+    stream, upper = streams[target], _Record()
+    earlier = hidden[:, : max(1, ids.shape[1] - 1), target]
+    stream.blocks(stream.upper, earlier, at[:, : earlier.shape[1]], upper)
+    last = torch.arange(len(prompts), device=device), lengths - 1
+    return _Read(hidden[last], lower[target], upper.kv, lengths)
+
+
+class PrefixCache:
+    """Prompts that the models of a pair have read once, for many calls of :func:`generate`.
+
+    Where a call has few cells, reading the prompts is most of its work. Kept are the residuals at
+    the site, ``h`` (prompt, model, d_model) at the last tokens, and all keys and values: for each
+    model 2 x blocks x kv_heads x head_dim numbers a token, prompts padded to the longest.
+
+    Args:
+        prompts: token ids, one list each, of any lengths.
+        batch_size: prompts read at once, halved when memory runs out.
+    """
+
+    @torch.no_grad()
+    def __init__(self, pair: Pair, prompts: Sequence[Sequence[int]], batch_size: int = 128) -> None:
+        models = list(pair.models.values())
+        self.pair, self._row = pair, {tuple(p): i for i, p in enumerate(prompts)}
+        device, order = next(models[0].parameters()).device, range(len(prompts))
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        self.h = torch.empty(len(prompts), len(models), pair.d_model, device=device)
+        self._kv: list[tuple[dict, dict]] = []
+        streams = [_Stream(model, pair.layer) for model in models]
+        for t, model in enumerate(models):
+            _, order = _prepared(model, prompts)
+            kv: tuple[dict, dict] = {}, {}
+
+            def work(items: list[int], _size: int, t: int = t, kv: tuple[dict, dict] = kv) -> None:
+                only = [m == t for m in range(len(models))]
+                read = _read(streams, only, t, [prompts[i] for i in items], device)
+                self.h[items, t] = read.hidden[:, t].float()
+                for kept, found in zip(kv, (read.lower, read.upper), strict=True):
+                    for i, both in found.items():
+                        if i not in kept:  # the first batch has the longest prompts
+                            shape = len(prompts), *both[0].shape[1:]
+                            kept[i] = both[0].new_zeros(shape), both[1].new_zeros(shape)
+                        for whole, part in zip(kept[i], both, strict=True):
+                            whole[items, :, : part.shape[2]] = part
+
+            with _shared_prefix_attention(models):
+                for _ in in_chunks(order, lambda _: 1, batch_size, work):
+                    pass
+            self._kv.append(kv)
+
+    def check(self, pair: Pair, prompts: Sequence[Sequence[int]]) -> None:
+        """
+        Raises:
+            ValueError: it was read by another pair, or without some of these prompts.
+        """
+        if pair is not self.pair:
+            raise ValueError("prefix_cache: read by another pair; make one of this pair.")
+        for i, prompt in enumerate(prompts):
+            if tuple(prompt) not in self._row:
+                raise ValueError(
+                    f"prefix_cache: prompts[{i}] is not among the prompts it has read."
+                )
+
+    def of(self, prompts: Sequence[Sequence[int]], target: int) -> _Read:
+        """What reading just these prompts would have given."""
+        rows = [self._row[tuple(prompt)] for prompt in prompts]
+        lower, upper = (
+            {i: (k[rows], v[rows]) for i, (k, v) in x.items()} for x in self._kv[target]
+        )
+        return _Read(self.h[rows], lower, upper, self.lengths[rows])
 
 
 def _acted(at: Tensor, lengths: Tensor, position: str) -> Bool[Tensor, "prompt token"]:

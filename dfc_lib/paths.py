@@ -80,5 +80,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def cores() -> int:
-    """The CPU cores that this process may use."""
+    """The CPU cores that this process may use; ``DFC_CORES``, if that is set.
+
+    The runner sets it for notebooks that run side by side: each has its share.
+
+    Raises:
+        ValueError: ``DFC_CORES`` is not a whole number from 1.
+    """
+    if given := os.environ.get("DFC_CORES"):
+        if not given.isdigit() or int(given) < 1:
+            raise ValueError(f"DFC_CORES={given!r}: give a whole number from 1, or unset it")
+        return int(given)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

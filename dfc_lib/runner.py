@@ -179,9 +179,9 @@ class Job:
 
     @classmethod
     def start(
-        cls, project: Project, name: str, overrides: dict[str, Any] | None = None, bar: bool = False
+        cls, project: Project, name: str, overrides: dict[str, Any] | None = None, jobs: int = 1
     ) -> "Job":
-        """Begin to execute a notebook.
+        """Begin to execute a notebook, one of ``jobs`` that share the cores.
 
         Raises:
             CompendiumError: an input is missing.
@@ -201,7 +201,7 @@ class Job:
             "output_path": str(partial),
             "parameters": overrides or None,
             "cwd": str(notebook.path.parent),
-            "progress_bar": bar and sys.stderr.isatty(),
+            "progress_bar": jobs == 1 and sys.stderr.isatty(),
         }
         process = _SPAWN.Process(target=_papermill, args=(task,), name=name, daemon=True)
         job = cls(project, name, bool(overrides), key, parts, process, time.perf_counter())
@@ -209,7 +209,8 @@ class Job:
         shutil.rmtree(job.staging, ignore_errors=True)
         job.staging.mkdir(parents=True)
         figures = {"DFC_FIGURES": str(project.figures), "DFC_STAGING": str(job.staging)}
-        with project.kernel_environment(DFC_NOTEBOOK=name, DFC_CODE_HASH=key, **figures):
+        about = {"DFC_NOTEBOOK": name, "DFC_CODE_HASH": key, "DFC_CORES": _share(jobs)}
+        with project.kernel_environment(**about, **figures):
             process.start()
         return job
 
@@ -246,6 +247,11 @@ class Job:
         }
         paths.write_atomically(project.state_file(self.name), json.dumps(state, indent=1) + "\n")
         return state
+
+
+def _share(jobs: int) -> str:
+    """The cores of each of so many notebooks."""
+    return str(max(1, paths.cores() // jobs))
 
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -472,7 +478,8 @@ def run(
     as_it_stands = Project(project.root, project.profile)
     order = with_needs(notebooks, targets)
     executed: list[str] = []
-    started, jobs = time.perf_counter(), jobs or project.profile.side_by_side
+    started = time.perf_counter()
+    jobs = min(jobs or project.profile.side_by_side, len(order))
 
     def start(name: str) -> Job | None:
         place, values = (project, overrides) if name in targets else (as_it_stands, None)
@@ -482,7 +489,7 @@ def run(
         if why is None:
             return None
         print(f"[{order.index(name) + 1}/{len(order)}] {name} ({why})", flush=True)
-        return Job.start(place, name, values, bar=jobs == 1)
+        return Job.start(place, name, values, jobs)
 
     def finish(job: Job) -> None:
         state = job.finish()
@@ -652,10 +659,12 @@ def check(
         codes.append(job.process.exitcode or 0)
         print(job.log.read_text(encoding="utf-8"), flush=True)
 
-    with _lock(project), project.kernel_environment(DFC_FIGURES=str(figures)):
+    jobs = min(jobs or project.profile.side_by_side, len(targets))
+    about = {"DFC_FIGURES": str(figures), "DFC_CORES": _share(jobs)}
+    with _lock(project), project.kernel_environment(**about):
         shutil.rmtree(figures.parent, ignore_errors=True)
         figures.parent.mkdir(parents=True)
-        _in_order(notebooks, targets, start, finish, jobs or project.profile.side_by_side, timeout)
+        _in_order(notebooks, targets, start, finish, jobs, timeout)
     code = next(filter(None, codes), 0)
     if project.published:
         made = sorted(figures.glob("*.csv"))

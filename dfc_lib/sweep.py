@@ -18,28 +18,28 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfc_lib import evaluation, interventions, paths, profiles, prompts, training
 from dfc_lib.activations import Activations
 from dfc_lib.crosscoder import Crosscoder, Partition
+from dfc_lib.generation import PrefixCache
 from dfc_lib.interventions import Codec, Intervention, Reconstruction, Site
 from dfc_lib.pair import fingerprint, load_pair
 from dfc_lib.profiles import Profile
 from dfc_lib.training import TrainConfig
 
-SWEEP_VERSION = 1  # raise it when the same run would give another row
+SWEEP_VERSION = 2  # raise it when the same run would give another row
 PUBLISHED = {"d_model": 2_048, "k": 90, "steps": 9_000, "batch": 1_024, "vectors": 80_000}
 WIDTHS, KS, SHARES, COEF = (4, 8), (45, 90, 160), (0.03, 0.05, 0.10), 1e-3
 CONDITIONS = {"A": ("calibrated", "raw"), "B": ("calibrated", "raw", "own")}
@@ -132,54 +132,6 @@ def design(run: Run, profile: Profile, d_model: int) -> dict[str, Any]:
 # -- what all runs share, read once per process
 
 
-class Prefilled:
-    """One model, stopped before the last token of every prompt, its keys and values kept.
-
-    Reading all prompts then costs one token each. They are padded on the left, with a mask.
-    """
-
-    def __init__(
-        self, model: nn.Module, layer: int, ids: Sequence[Sequence[int]], batch_size: int
-    ) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.layer, self.n = model, layer, len(ids)
-        self.batches: list[tuple[list[int], dict[str, Any]]] = []
-        order = sorted(range(self.n), key=lambda i: len(ids[i]))
-        for rows in (order[i : i + batch_size] for i in range(0, self.n, batch_size)):
-            some = [torch.tensor(ids[row], device=model.device) for row in rows]
-            tokens = pad_sequence(some, True, padding_side="left")
-            mask = pad_sequence([torch.ones_like(one) for one in some], True, padding_side="left")
-            at = (mask.cumsum(1) - 1).clamp(min=0)
-            kept = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
-            with torch.no_grad():
-                model.model(tokens[:, :-1], mask[:, :-1], position_ids=at[:, :-1], **kept)
-            last = {"input_ids": tokens[:, -1:], "attention_mask": mask}
-            self.batches.append((rows, last | {"position_ids": at[:, -1:]} | kept))
-
-    @torch.no_grad()
-    def read(
-        self, openers: Sequence[int], new: Float[Tensor, "prompt d_model"] | None = None
-    ) -> tuple[Float[Tensor, "prompt d_model"], Float[Tensor, " prompt"]]:
-        """The residual at the site, and the call margin (nats) with ``new`` in its place."""
-        h = torch.empty(self.n, self.model.config.hidden_size)
-        margins = torch.empty(self.n, dtype=torch.float64)
-        for rows, inputs in self.batches:
-
-            def patch(_module: nn.Module, _args: Any, output: Tensor, rows=rows) -> Tensor:
-                h[rows] = output[:, -1].float().cpu()
-                return output if new is None else new[rows, None].to(output)
-
-            hook = self.model.model.layers[self.layer].register_forward_hook(patch)
-            try:
-                logits = self.model(**inputs).logits[:, -1]
-            finally:
-                hook.remove()
-            inputs["past_key_values"].crop(-1)
-            margins[rows] = evaluation.margin(logits.float().cpu(), openers)
-        return h, margins
-
-
 class Bench:
     """A profile's models, training vectors and evaluation prompts (gold call, tools seen)."""
 
@@ -197,7 +149,7 @@ class Bench:
         texts = [prompts.chat_text(tokenizer, record, style) for record in self.records]
         self.ids, self.openers = prompts.encode(tokenizer, texts), evaluation.opener_ids(tokenizer)
         settings = [SWEEP_VERSION, THREADS, RATIOS, N_DRAWS, self.n_generated, profile.layer]
-        settings += [profile.dtype, self.vectors.key, self.ids]
+        settings += [profile.dtype, profile.max_new_tokens, self.vectors.key, self.ids]
         settings += [fingerprint(model) for model in self.pair.models.values()]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.folder = self.build / "sweep" / key  # named by all that a result depends on
@@ -208,15 +160,14 @@ class Bench:
         return self.vectors.to_tensor()
 
     @cached_property
-    def prefilled(self) -> dict[str, Prefilled]:
-        size, layer = self.profile.batch_generation, self.profile.layer
-        return {n: Prefilled(m, layer, self.ids, size) for n, m in self.pair.models.items()}
+    def prefix_cache(self) -> PrefixCache:
+        """The evaluation prompts, read once for all runs."""
+        return PrefixCache(self.pair, self.ids, self.profile.batch_generation)
 
-    @cached_property
+    @property
     def h(self) -> Float[Tensor, "prompt model d_model"]:
         """Residuals at the last token of the evaluation prompts."""
-        own = [one.read(self.openers)[0] for one in self.prefilled.values()]
-        return torch.stack(own, 1).to(self.profile.device)
+        return self.prefix_cache.h
 
     def path(self, run: Run) -> Path:
         """The file that says that a run is finished; its outcomes lie beside it as parquet."""
@@ -231,17 +182,6 @@ def open_bench(profile: Profile) -> Bench:
     return Bench(profile)
 
 
-@contextmanager
-def fixed_threads() -> Iterator[None]:
-    """The last bits of a sum, and after a training many more, depend on how many threads did it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # -- the task
 
 Result = tuple[dict[str, Any], pd.DataFrame, dict[str, float]]
@@ -254,17 +194,29 @@ def measure(bench: Bench, target: str, cells: Mapping[str, Intervention]) -> pd.
         one line per (condition, prompt): ``target``, ``condition``, ``prompt``, ``margin`` (nats),
         ``delta`` (||delta|| / ||h||), and the rates, NaN where the prompt was not generated for.
     """
-    t, frames = bench.pair.index(target), []
-    for name, cell in cells.items():
-        new, delta = interventions.apply(cell, Site(bench.h, t))
-        _, margins = bench.prefilled[target].read(bench.openers, new)
-        read = {"prompt": range(len(margins)), "margin": margins, "delta": delta.cpu()}
-        frames.append(pd.DataFrame({"target": target, "condition": name} | read))
-    some = bench.records[: bench.n_generated]
-    rows = 4 * bench.profile.batch_generation
-    scored = evaluation.intervene(bench.pair, target, some, cells, batch_size=rows, progress=False)
-    scored = scored.rename(columns={"cell": "condition"})[["condition", "prompt", *RATES]]
-    return pd.concat(frames).merge(scored, on=["condition", "prompt"], how="left")
+    n, frames = bench.n_generated, []
+    for records, length in (
+        (bench.records[:n], bench.profile.max_new_tokens),
+        (bench.records[n:], 1),  # of these only the first token's margin is wanted
+    ):
+        if records:
+            frame = evaluation.intervene(
+                bench.pair,
+                target,
+                records,
+                cells,
+                max_new_tokens=length,
+                batch_size=4 * bench.profile.batch_generation,
+                prefix_cache=bench.prefix_cache,
+                progress=False,
+            )
+            frames.append(frame)
+    frames[1:] = [f.assign(prompt=f.prompt + n, **dict.fromkeys(RATES, np.nan)) for f in frames[1:]]
+    found = pd.concat(frames).rename(columns={"cell": "condition"}).assign(target=target)
+    columns = ["target", "condition", "prompt", "margin", "delta", *RATES]
+    order = {name: i for i, name in enumerate(cells)}
+    by_cell = found.sort_values("condition", key=lambda c: c.map(order), kind="stable")
+    return by_cell[columns].reset_index(drop=True)
 
 
 def reconstructions(crosscoder: Crosscoder, target: str) -> dict[str, Intervention]:
@@ -281,7 +233,7 @@ def trained(run: Run, bench: Bench, progress: bool = False) -> Crosscoder:
     return training.get_or_train(config, lambda: bench.x, bench.build, key, progress=progress)
 
 
-@fixed_threads()
+@training.fixed_threads(THREADS)
 def run_one(run: Run, bench: Bench) -> Result:
     """Train and evaluate one run.
 
@@ -332,7 +284,7 @@ class Scaled(Intervention):
         return self.ratio * site.own
 
 
-@fixed_threads()
+@training.fixed_threads(THREADS)
 def baselines(bench: Bench) -> pd.DataFrame:
     """Outcomes (``measure``) of both models left alone (``clean``), under the ``other model``'s
     activation, under mean patches (``tool mean``, ``neutral mean``: of the training vectors) and

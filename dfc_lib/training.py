@@ -18,7 +18,7 @@ import io
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -386,20 +386,22 @@ def train(
     return load(directory, device=config.device)
 
 
-@contextmanager
-def _threads(config: TrainConfig, d_model: int) -> Iterator[None]:
+def _threads(config: TrainConfig, d_model: int) -> AbstractContextManager[None]:
     """One thread for a small crosscoder on a CPU, whatever the machine has.
 
-    The last bits of a sum, and after a thousand steps many more, depend on how many threads made
-    it. With one, a small run gives the same weights whether two cores are free or eight, alone or
-    beside others (``get_all``).
+    So it gives the same weights whether two cores are free or eight, alone or beside others
+    (``get_all``).
     """
     product = config.batch_size * config.partition.n_models * d_model * config.partition.dict_size
-    if config.device != "cpu" or product > ONE_THREAD:
-        yield
-        return
+    small = config.device == "cpu" and product <= ONE_THREAD
+    return fixed_threads(1) if small else nullcontext()
+
+
+@contextmanager
+def fixed_threads(n: int) -> Iterator[None]:
+    """The last bits of a sum, and after a training many more, depend on how many threads did it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(n)
     try:
         yield
     finally:

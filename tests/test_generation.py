@@ -202,6 +202,27 @@ def test_results_do_not_depend_on_the_batch(pair, prompts, grid, table):
     assert backwards["tokens"].tolist()[-len(grid) :] == table["tokens"].tolist()[: len(grid)]
 
 
+def test_prompts_read_before_give_the_same(pair, prompts, grid, table):
+    cache = gen.PrefixCache(pair, prompts, batch_size=3)
+    same(run(pair, prompts, grid, max_new_tokens=8, batch_size=50, prefix_cache=cache), table)
+    some = run(pair, prompts[3:5], grid, max_new_tokens=8, prefix_cache=cache)
+    assert some["tokens"].tolist() == table["tokens"][3 * len(grid) : 5 * len(grid)].tolist()
+    for t, name in enumerate(pair.names):
+        for i, prompt in enumerate(prompts):
+            h = residual(pair.models[name], pair.layer, torch.tensor([prompt]))[0, -1]
+            torch.testing.assert_close(cache.h[i, t], h, rtol=1e-3, atol=1e-4)
+
+
+def test_a_prefix_cache_of_other_prompts_is_refused(pair, prompts):
+    cache, clean = gen.PrefixCache(pair, prompts[:2]), {"clean": iv.Clean()}
+    with pytest.raises(ValueError, match=r"prompts\[2\]"):
+        run(pair, prompts, clean, prefix_cache=cache)
+    with pytest.raises(ValueError, match="another pair"):
+        run(Pair({"A": tiny(7), "B": tiny(1)}, None, 1), prompts[:2], clean, prefix_cache=cache)
+    with pytest.raises(ValueError, match="position"):
+        run(pair, prompts[:2], clean, prefix_cache=cache, position="every")
+
+
 def test_out_of_memory_backs_off(pair, prompts, grid, table, monkeypatch):
     """Memory running out in the middle must cost time, not results."""
     logits = gen._Stream.logits

@@ -391,6 +391,26 @@ def test_notebooks_that_do_not_need_each_other_run_side_by_side(fresh, command):
     assert "3 run, 0 already fresh" in shown
 
 
+@pytest.mark.parametrize(("cores", "each"), [(8, 4), (1, 1)])
+def test_notebooks_side_by_side_share_the_cores(fresh, command, monkeypatch, cores, each):
+    """Two that each start a training per core would hold each other up."""
+    monkeypatch.setenv("DFC_CORES", str(cores))
+    for name in ("00_first", "02_alone"):
+        code = f"from dfc_lib import paths; assert paths.cores() == {each}, paths.cores()"
+        write_notebook(fresh, name, [code])
+    command(fresh, "run", "--jobs", "2", "--notebook", "00", "02")
+    alone = f"from dfc_lib import paths; assert paths.cores() == {cores}"
+    write_notebook(fresh, "00_first", [alone])
+    command(fresh, "run", "--jobs", "2", "--notebook", "00")
+
+
+@pytest.mark.parametrize("value", ["0", "two"])
+def test_an_unusable_number_of_cores_is_named(monkeypatch, value):
+    monkeypatch.setenv("DFC_CORES", value)
+    with pytest.raises(ValueError, match=f"DFC_CORES={value!r}"):
+        paths.cores()
+
+
 def test_a_failure_does_not_waste_what_runs_beside_it(fresh, command):
     """A notebook of ten minutes is not thrown away because another has failed."""
     fails = meet("../first", "../alone") + "\n1 / 0"
