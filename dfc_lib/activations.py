@@ -345,7 +345,7 @@ def _take_over_finished(manifest: dict, out_dir: Path) -> None:
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Write under a temporary name in the same folder, then rename: never half a file."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     write(partial)
     os.replace(partial, path)
 

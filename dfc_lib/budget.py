@@ -94,6 +94,11 @@ def table(
             rows * (TOKENS[0] + profile.max_new_tokens) * per_token / 1e9,
         ),
         (
+            "keys and values of the evaluation prompts, A and B (notebook 08)",
+            "memory",
+            2 * profile.n_evaluation * TOKENS[0] * per_token / 1e9,
+        ),
+        (
             "a crosscoder in training: weights, gradients, Adam, codes",
             profile.device,
             (4 * dictionary + 3 * batch) / 1e9,

@@ -1,7 +1,7 @@
-"""What the studies claim, what was found here, and a verdict by rules stated before looking.
+"""What the studies claim, what was found here, and a verdict by the same rules for all.
 
 A *finding* is one number with its interval, read from the CSVs behind the figures; nothing here is
-typed in. The rules, fixed before any of the numbers:
+typed in. The rules:
 
 - an **effect** *holds* if its interval lies above zero in the claimed direction and it exceeds the
   strongest control by a margin whose interval lies above zero too; it *fails* if its interval
@@ -173,27 +173,35 @@ def _single_feature(load: Load) -> list[Finding]:
     found = [Finding("published", best.gain, best.low, best.high, int(best.n))]
     own = _one(grid, prompts="report", features=1, alpha=_chosen_alpha(load))
     finding = Finding("calibrated", own.gain, own.low, own.high, int(own.n))
-    random = load("05_random_directions")
-    random = random[random.direction.isin(["isotropic", "covariance"])].sort_values("gain").iloc[-1]
-    name = f"best of {len(load('05_random_directions')) - 2} random directions"
-    found.append(_unpaired(finding, name, random.gain, random.low, random.high))
-    means = _where(load("05_saturation"), source="A - B").sort_values("gain").iloc[-1]
-    finding = finding._replace(protocol="calibrated, against a mean")
-    found.append(_unpaired(finding, "mean of A - B", means.gain, means.low, means.high))
+    drawn = len(load("05_random_directions")) - 2
+    for against, protocol, name in (
+        ("best random direction", "calibrated", f"best of {drawn} random directions"),
+        ("mean of A - B", "calibrated, against a mean", "mean of A - B"),
+    ):
+        beyond = _one(load("05_paired"), what="one feature", against=against)
+        found.append(
+            finding._replace(
+                protocol=protocol,
+                control=name,
+                control_effect=own.gain - beyond.difference,
+                over=beyond.difference,
+                over_low=beyond.low,
+                over_high=beyond.high,
+                note=f"paired on {int(beyond.n)} prompts",
+            )
+        )
     return found
 
 
 def _saturation(load: Load) -> list[Finding]:
     """What more than one feature adds: for the DFC it should be nothing, for the plain one much."""
-    table = load("05_saturation")
+    table = load("05_paired")
     found = []
     for source, protocol in (("A_exclusive", "DFC"), ("plain", "plain crosscoder")):
-        part = _where(table, source=source).sort_values("features")
-        first, best = part.iloc[0], part.sort_values("gain").iloc[-1]
-        added = best.gain - first.gain
-        note = f"one feature {first.gain:+.3f}, best at {int(best.features)}: {best.gain:+.3f}"
-        low, high = best.low - first.high, best.high - first.low
-        found.append(Finding(protocol, added, low, high, int(best.n), note=note))
+        own = _one(table, what=source, against="its first feature")
+        note = f"rate with one {own.rate_against:.3f}, with {int(own.features)}: {own.rate:.3f}"
+        numbers = (own.difference, own.low, own.high, int(own.n))
+        found.append(Finding(protocol, *numbers, note=note))
     return found
 
 
@@ -206,22 +214,10 @@ def _b_exclusive(load: Load) -> list[Finding]:
 
 
 def _union(load: Load) -> list[Finding]:
-    table = load("05_saturation")
-    wide = table.pivot(index="features", columns="source", values=["gain", "low", "high"])
-    n = wide["gain"]["A and shared"].idxmin()
-    both = wide.loc[n]
-    alone = max(("A_exclusive", "shared"), key=lambda s: both["gain", s])
-    note = f"{int(n)} features of each; better alone: {alone}"
-    return [
-        Finding(
-            "calibrated",
-            both["gain", "A and shared"] - both["gain", alone],
-            both["low", "A and shared"] - both["high", alone],
-            both["high", "A and shared"] - both["low", alone],
-            int(table.n.max()),
-            note=note,
-        )
-    ]
+    table = _where(load("05_paired"), what="A and shared")
+    own = table[table.against != "its first feature"].iloc[0]
+    note = f"{int(own.features)} features of each, against {own.against}"
+    return [Finding("calibrated", own.difference, own.low, own.high, int(own.n), note=note)]
 
 
 def _uniform_scaling(load: Load) -> list[Finding]:

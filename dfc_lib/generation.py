@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dfc_lib.activations import residual
 from dfc_lib.interventions import Clean, Intervention, Site, apply, key
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 Position = Literal["last", "every", "every_but_first"]
 POSITIONS = ("last", "every", "every_but_first")
+GENERATION_VERSION = 1  # raise it when the same cell would give other tokens: kept ones are redone
 
 
 class GenerationError(RuntimeError):
@@ -567,10 +569,8 @@ def generate(
     }
     store = _Store(out_dir, settings)
     seen: dict[int, str] = {}
-    keys = [
-        [f"{prompt_key}-{cell_key}" for cell_key in [key(cell, seen) for cell in cells]]
-        for prompt_key in [_prompt_key(p) for p in prompts]
-    ]
+    cell_keys = [f"{key(cell, seen)}-{GENERATION_VERSION}" for cell in cells]
+    keys = [[f"{_prompt_key(p)}-{cell_key}" for cell_key in cell_keys] for p in prompts]
     todo = {i: [c for c, k in enumerate(keys[i]) if k not in store.done] for i in order}
     order = [i for i in order if todo[i]]
 
@@ -783,8 +783,8 @@ class PrefixCache:
     """Prompts that the models of a pair have read once, for many calls of :func:`generate`.
 
     Where a call has few cells, reading the prompts is most of its work. Kept are the residuals at
-    the site, ``h`` (prompt, model, d_model) at the last tokens, and all keys and values: for each
-    model 2 x blocks x kv_heads x head_dim numbers a token, prompts padded to the longest.
+    the site, ``h`` (prompt, model, d_model) at the last tokens, and, in main memory, all keys and
+    values: for each model 2 x blocks x kv_heads x head_dim numbers a token (``dfc_lib.budget``).
 
     Args:
         prompts: token ids, one list each, of any lengths.
@@ -795,26 +795,24 @@ class PrefixCache:
     def __init__(self, pair: Pair, prompts: Sequence[Sequence[int]], batch_size: int = 128) -> None:
         models = list(pair.models.values())
         self.pair, self._row = pair, {tuple(p): i for i, p in enumerate(prompts)}
-        device, order = next(models[0].parameters()).device, range(len(prompts))
-        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        device = next(models[0].parameters()).device
         self.h = torch.empty(len(prompts), len(models), pair.d_model, device=device)
-        self._kv: list[tuple[dict, dict]] = []
+        # Per model and prompt, without padding: block -> keys and values, up to the site and above.
+        self._kv: list[list[dict[int, tuple[Tensor, Tensor]]]] = []
         streams = [_Stream(model, pair.layer) for model in models]
         for t, model in enumerate(models):
             _, order = _prepared(model, prompts)
-            kv: tuple[dict, dict] = {}, {}
+            kv: list[dict] = [{} for _ in prompts]
 
-            def work(items: list[int], _size: int, t: int = t, kv: tuple[dict, dict] = kv) -> None:
+            def work(items: list[int], _size: int, t: int = t, kv: list[dict] = kv) -> None:
                 only = [m == t for m in range(len(models))]
                 read = _read(streams, only, t, [prompts[i] for i in items], device)
                 self.h[items, t] = read.hidden[:, t].float()
-                for kept, found in zip(kv, (read.lower, read.upper), strict=True):
-                    for i, both in found.items():
-                        if i not in kept:  # the first batch has the longest prompts
-                            shape = len(prompts), *both[0].shape[1:]
-                            kept[i] = both[0].new_zeros(shape), both[1].new_zeros(shape)
-                        for whole, part in zip(kept[i], both, strict=True):
-                            whole[items, :, : part.shape[2]] = part
+                for block, both in (read.lower | read.upper).items():
+                    keys, values = (x.cpu() for x in both)
+                    for row, i in enumerate(items):
+                        n = len(prompts[i])
+                        kv[i][block] = keys[row, :, :n].clone(), values[row, :, :n].clone()
 
             with _shared_prefix_attention(models):
                 for _ in in_chunks(order, lambda _: 1, batch_size, work):
@@ -837,10 +835,16 @@ class PrefixCache:
     def of(self, prompts: Sequence[Sequence[int]], target: int) -> _Read:
         """What reading just these prompts would have given."""
         rows = [self._row[tuple(prompt)] for prompt in prompts]
-        lower, upper = (
-            {i: (k[rows], v[rows]) for i, (k, v) in x.items()} for x in self._kv[target]
-        )
-        return _Read(self.h[rows], lower, upper, self.lengths[rows])
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.h.device)
+
+        def padded(block: int, which: int) -> Tensor:
+            parts = [self._kv[target][row][block][which].transpose(0, 1) for row in rows]
+            return pad_sequence(parts, batch_first=True).transpose(1, 2).to(self.h.device)
+
+        kv = {block: (padded(block, 0), padded(block, 1)) for block in self._kv[target][rows[0]]}
+        lower = {block: both for block, both in kv.items() if block <= self.pair.layer}
+        upper = {block: both for block, both in kv.items() if block > self.pair.layer}
+        return _Read(self.h[rows], lower, upper, lengths)
 
 
 def _acted(at: Tensor, lengths: Tensor, position: str) -> Bool[Tensor, "prompt token"]:

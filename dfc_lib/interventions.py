@@ -31,6 +31,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -413,6 +414,10 @@ class RandomFeatures(_Coded):
     exclude: tuple[int, ...] = ()
     rows_of: str | int | None = None
 
+    @property
+    def reads_others(self) -> bool:  # type: ignore[override]
+        return super().reads_others or self.like.reads_others
+
     def delta(self, site: Site) -> Tensor:
         f = site.code(self.codec)
         block = self.codec.used.partition.slice(self.block)
@@ -448,7 +453,11 @@ def key(value: Any, _seen: dict[int, str] | None = None) -> str:
 def _content(value: Any, seen: dict[int, str]) -> str:
     if isinstance(value, nn.Module):
         if id(value) not in seen:
-            seen[id(value)] = fingerprint(value)
+            # k and the like decide the code and are no weights.
+            config = value.cfg.to_dict() if hasattr(value, "cfg") else {}
+            settings = {k: v for k, v in config.items() if k not in ("device", "metadata")}
+            text = json.dumps(settings, sort_keys=True, default=str)
+            seen[id(value)] = f"{fingerprint(value)}{text}"
         return seen[id(value)]
     if isinstance(value, Tensor):
         digest = hashlib.sha256(value.detach().cpu().double().contiguous().numpy().tobytes())

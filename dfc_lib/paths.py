@@ -13,6 +13,7 @@
 import os
 import threading
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(os.environ.get("DFC_ROOT") or Path(__file__).parents[1]).resolve()
 NOTEBOOKS = ROOT / "notebooks"
@@ -77,6 +78,23 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(stream: IO, wait: bool = True) -> None:
+    """Hold a file for this process; the system lets go when it is closed or its holder ends.
+
+    Raises:
+        OSError: another one holds it, and ``wait`` is false.
+    """
+    if os.name == "nt":
+        import msvcrt
+
+        stream.seek(1 << 30)  # a locked byte cannot be read there, so lock one behind the text
+        msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def cores() -> int:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dfc_lib.paths import write_atomically
+
 SPLITS = {  # share of request identities (tool, arguments) that belongs to each split
     "pretrain": 0.60,
     "rl": 0.12,
@@ -185,13 +187,10 @@ def assign(key: str, shares: Mapping[str, float]) -> str:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON lines (temporary name, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    """Write records as JSON lines, whole or not at all."""
     own = ("system", "user")  # left out where a record has none
     rows = ({k: v for k, v in asdict(r).items() if v or k not in own} for r in records)
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_records(path: Path) -> list[Record]:
@@ -223,14 +222,12 @@ def write_neutral(folder: Path, texts: dict[str, Sequence[str]]) -> None:
         ValueError: two splits share a text.
     """
     owner: dict[str, str] = {}
-    folder.mkdir(parents=True, exist_ok=True)
     for split, rows in texts.items():
         for text in rows:
             if owner.setdefault(text, split) != split:
                 raise ValueError(f"splits {owner[text]} and {split} share the text {text!r}")
-        partial = folder / f"{split}.partial"
-        partial.write_text("".join(json.dumps({"text": t}) + "\n" for t in rows), encoding="utf-8")
-        partial.replace(folder / f"{split}.jsonl")
+        lines = (json.dumps({"text": text}) + "\n" for text in rows)
+        write_atomically(folder / f"{split}.jsonl", "".join(lines))
 
 
 def read_neutral(path: Path) -> list[str]:

@@ -31,9 +31,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dfc_lib import paths, profiles
 from dfc_lib.figures import read_manifest, write_manifest
@@ -179,9 +179,9 @@ class Job:
 
     @classmethod
     def start(
-        cls, project: Project, name: str, overrides: dict[str, Any] | None = None, jobs: int = 1
+        cls, project: Project, name: str, overrides: dict[str, Any] | None = None, beside: int = 0
     ) -> "Job":
-        """Begin to execute a notebook, one of ``jobs`` that share the cores.
+        """Begin to execute a notebook, ``beside`` so many others that share the cores.
 
         Raises:
             CompendiumError: an input is missing.
@@ -201,7 +201,7 @@ class Job:
             "output_path": str(partial),
             "parameters": overrides or None,
             "cwd": str(notebook.path.parent),
-            "progress_bar": jobs == 1 and sys.stderr.isatty(),
+            "progress_bar": not beside and sys.stderr.isatty(),
         }
         process = _SPAWN.Process(target=_papermill, args=(task,), name=name, daemon=True)
         job = cls(project, name, bool(overrides), key, parts, process, time.perf_counter())
@@ -209,7 +209,7 @@ class Job:
         shutil.rmtree(job.staging, ignore_errors=True)
         job.staging.mkdir(parents=True)
         figures = {"DFC_FIGURES": str(project.figures), "DFC_STAGING": str(job.staging)}
-        about = {"DFC_NOTEBOOK": name, "DFC_CODE_HASH": key, "DFC_CORES": _share(jobs)}
+        about = {"DFC_NOTEBOOK": name, "DFC_CODE_HASH": key, "DFC_CORES": _share(beside)}
         with project.kernel_environment(**about, **figures):
             process.start()
         return job
@@ -249,9 +249,9 @@ class Job:
         return state
 
 
-def _share(jobs: int) -> str:
-    """The cores of each of so many notebooks."""
-    return str(max(1, paths.cores() // jobs))
+def _share(beside: int) -> str:
+    """The cores of a notebook with so many others beside it."""
+    return str(max(1, paths.cores() // (1 + beside)))
 
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -478,18 +478,21 @@ def run(
     as_it_stands = Project(project.root, project.profile)
     order = with_needs(notebooks, targets)
     executed: list[str] = []
-    started = time.perf_counter()
-    jobs = min(jobs or project.profile.side_by_side, len(order))
+    started, jobs = time.perf_counter(), jobs or project.profile.side_by_side
 
-    def start(name: str) -> Job | None:
+    def prepare(name: str) -> Callable[[int], Job] | None:
         place, values = (project, overrides) if name in targets else (as_it_stands, None)
         why = place.why_stale(name, values)
         if force and name in targets:
             why = why or "forced"
         if why is None:
             return None
-        print(f"[{order.index(name) + 1}/{len(order)}] {name} ({why})", flush=True)
-        return Job.start(place, name, values, jobs)
+
+        def start(beside: int) -> Job:
+            print(f"[{order.index(name) + 1}/{len(order)}] {name} ({why})", flush=True)
+            return Job.start(place, name, values, beside)
+
+        return start
 
     def finish(job: Job) -> None:
         state = job.finish()
@@ -500,7 +503,7 @@ def run(
 
     with _lock(project):
         try:
-            _in_order(notebooks, order, start, finish, jobs)
+            _in_order(notebooks, order, prepare, finish, jobs)
         finally:
             as_it_stands.contents.save() if project.output else project.contents.save()
     print(
@@ -513,7 +516,7 @@ def run(
 def _in_order(
     notebooks: dict[str, Notebook],
     order: list[str],
-    start: Callable[[str], Any],
+    prepare: Callable[[str], Callable[[int], Any] | None],
     finish: Callable[[Any], None],
     jobs: int,
     timeout: float | None = None,
@@ -521,8 +524,11 @@ def _in_order(
     """Start each notebook once what it needs has ended, at most ``jobs`` at a time.
 
     Args:
-        start: gives something with a ``process``, or None where there is nothing to do.
-        finish: is called when the process has ended; what it raises stops the rest.
+        prepare: is called when a notebook could begin and gives None where there is nothing to do,
+            else a function that begins it beside so many others, and gives something with a
+            ``process``.
+        finish: is called when the process has ended. A ``CompendiumError`` of one of the three lets
+            those that run come to their end, and nothing more begins.
         timeout: seconds for all.
     """
     after = {n: [m for m in order if n in notebooks[m].declared("needs")] for n in order}
@@ -531,23 +537,31 @@ def _in_order(
         return notebooks[name].minutes + max(map(urgency, after[name]), default=0.0)
 
     waiting = sorted(order, key=urgency, reverse=True)  # stable: otherwise by number
+    ready: dict[str, Callable[[int], Any]] = {}
     running: list[Any] = []
     failure: CompendiumError | None = None
     deadline = None if timeout is None else time.monotonic() + timeout
+
+    def next_fit() -> str | None:
+        pending = {*waiting, *ready, *(job.name for job in running)}
+        fit = (n for n in waiting if pending.isdisjoint(notebooks[n].declared("needs")))
+        return next(fit, None)
+
     try:
-        while waiting or running:
-            pending = {*waiting, *(job.name for job in running)}
-            for name in list(waiting) if failure is None else ():
-                if len(running) < jobs and pending.isdisjoint(notebooks[name].declared("needs")):
+        while True:
+            try:
+                while failure is None and (name := next_fit()):
                     waiting.remove(name)
-                    if job := start(name):
-                        running.append(job)
-                    else:
-                        pending.remove(name)
-            if failure and not running:
+                    if start := prepare(name):
+                        ready[name] = start
+                together = min(jobs, len(running) + len(ready))
+                for name in sorted(ready, key=urgency, reverse=True):
+                    if failure is None and len(running) < jobs:
+                        running.append(ready.pop(name)(together - 1))
+            except CompendiumError as error:
+                failure = error
+            if not running:
                 break
-            if not running:  # all that could begin was fresh; the next round goes on from there
-                continue
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ended = multiprocessing.connection.wait([j.process.sentinel for j in running], left)
             if not ended:
@@ -647,24 +661,27 @@ def check(
     options += [f"--nbval-cell-timeout={cell_timeout:g}"]
     codes: list[int] = []
 
-    def start(name: str) -> Check:
-        log = figures.parent / f"{name}.log"
+    def start(name: str, beside: int) -> Check:
+        log, staging = figures.parent / f"{name}.log", figures.parent / "staging" / name
+        staging.mkdir(parents=True)
         arguments = ([*options, str(notebooks[name].path)], project.root, log)
         process = _SPAWN.Process(target=_nbval, args=arguments, name=name, daemon=True)
-        process.start()
-        return Check(name, process, log)
+        with _environment(DFC_CORES=_share(beside), DFC_STAGING=str(staging)):
+            process.start()
+        return Check(name, process, log, staging)
 
     def finish(job: Check) -> None:
         job.process.join()
         codes.append(job.process.exitcode or 0)
+        _publish_figures(checked, job.name, job.staging)  # all that it made, for those that need it
         print(job.log.read_text(encoding="utf-8"), flush=True)
 
-    jobs = min(jobs or project.profile.side_by_side, len(targets))
-    about = {"DFC_FIGURES": str(figures), "DFC_CORES": _share(jobs)}
-    with _lock(project), project.kernel_environment(**about):
+    checked = Project(project.root, project.profile, output=figures.parent)
+    jobs = jobs or project.profile.side_by_side
+    with _lock(project), project.kernel_environment(DFC_FIGURES=str(figures)):
         shutil.rmtree(figures.parent, ignore_errors=True)
         figures.parent.mkdir(parents=True)
-        _in_order(notebooks, targets, start, finish, jobs, timeout)
+        _in_order(notebooks, targets, lambda name: partial(start, name), finish, jobs, timeout)
     code = next(filter(None, codes), 0)
     if project.published:
         made = sorted(figures.glob("*.csv"))
@@ -681,6 +698,7 @@ class Check:
     name: str
     process: multiprocessing.process.BaseProcess
     log: Path
+    staging: Path
 
 
 def _nbval(arguments: list[str], root: Path, log: Path) -> None:
@@ -732,7 +750,7 @@ def _lock(project: Project) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as stream:
         try:
-            _lock_file(stream)
+            paths.lock(stream, wait=False)
         except OSError:
             stream.seek(0)
             holder = stream.read().strip() or "holder unknown"
@@ -749,18 +767,6 @@ def _lock(project: Project) -> Iterator[None]:
             yield
         finally:
             stream.truncate(0)
-
-
-def _lock_file(stream: IO) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        stream.seek(1 << 30)  # a locked byte cannot be read there, so lock one behind the text
-        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:

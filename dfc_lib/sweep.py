@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfc_lib import evaluation, interventions, paths, profiles, prompts, training
+from dfc_lib import corpora, evaluation, interventions, paths, profiles, prompts, training
 from dfc_lib.activations import Activations
 from dfc_lib.crosscoder import Crosscoder, Partition
 from dfc_lib.generation import PrefixCache
@@ -141,7 +141,7 @@ class Bench:
         dtype = getattr(torch, profile.dtype)
         self.pair = load_pair(sources, profile.layer, dtype=dtype, device=profile.device)
         self.vectors = Activations.open(self.build / "activations" / "train_last")
-        records = prompts.read_records(paths.DATA / "prompts" / "evaluation.jsonl")
+        records = corpora.records(profile, "evaluation")
         calls = [r for r in records if r.kind == "call" and not r.held_out]
         self.records = calls[: profile.n_evaluation]
         self.n_generated = min(N_GENERATED, profile.n_steering, len(self.records))

@@ -47,7 +47,7 @@ from dfc_lib.crosscoder import (
     save_tensors,
     weigh,
 )
-from dfc_lib.paths import write_atomically
+from dfc_lib.paths import lock, write_atomically
 from dfc_lib.profiles import Profile
 
 TRAINING_VERSION = 2  # raise it when the same configuration would train to different weights
@@ -184,8 +184,7 @@ def get_or_train(
         data_key: identifies activations *and* labels, such as the checksum in a cache's manifest.
     """
     directory = run_directory(config, build_dir, data_key)
-    if (directory / "cfg.json").is_file():
-        _discard_state(directory)
+    if (directory / "cfg.json").is_file() and not (directory / STATE_FILE).is_file():
         return load(directory, device=config.device)
     return train(
         config, activations() if callable(activations) else activations, directory, labels, progress
@@ -203,8 +202,8 @@ def get_all(
     >>> makers = {seed: partial(reference.get, seed) for seed in range(10)}
     >>> dfcs = get_all(makers, profile.side_by_side)
 
-    Small products do not gain from a second core, whole runs do. Each run uses the threads that it
-    would use alone, so its weights are the same (``_threads``).
+    Small products do not gain from a second core, whole runs do. Each small run uses the one thread
+    that it would use alone, so its weights are the same (``_threads``).
 
     Args:
         makers: functions that ``get_or_train`` and take ``progress``.
@@ -214,7 +213,11 @@ def get_all(
     """
     done = {}
     with (
-        ThreadPoolExecutor(max(1, min(workers, len(makers)))) as pool,
+        ThreadPoolExecutor(
+            max(1, min(workers, len(makers))),
+            initializer=torch.set_num_threads,  # else a new thread's are what another one has set
+            initargs=(torch.get_num_threads(),),
+        ) as pool,
         tqdm(total=len(makers), unit=" crosscoders", disable=not progress) as bar,
     ):
         waiting = {pool.submit(maker, progress=False): name for name, maker in makers.items()}
@@ -365,25 +368,37 @@ def train(
     """
     directory = Path(out_dir)
     data = _Data(config, activations, labels)
-    _claim(directory, config, data)
-    if (directory / "cfg.json").is_file():
+    with _locked(directory):
+        _claim(directory, config, data)
+        if not (directory / "cfg.json").is_file():
+            with _threads(config, data.d_model):
+                _train(config, data, directory, progress)
         _discard_state(directory)
-        return load(directory, device=config.device)
-
-    with _threads(config, data.d_model):
-        run = _Run(config, data, directory)
-        run.resume()
-        name = f"crosscoder {config.partition.dict_size} k={config.k}"
-        todo = range(run.step, config.steps)
-        bar = tqdm(todo, name, total=config.steps, initial=run.step, disable=not progress)
-        for step in bar:
-            run.train_step(data.batch(step))
-            if run.rows[-1]["step"] == run.step:
-                bar.set_postfix(mse=f"{run.rows[-1]['mse']:.4f}", refresh=False)
-            if run.step % config.checkpoint_every == 0 and run.step < config.steps:
-                run.checkpoint()
-        run.finish()
     return load(directory, device=config.device)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process a run: a second one waits, and then finds the run finished."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f".{directory.name}.lock").open("a") as stream:
+        lock(stream)
+        yield
+
+
+def _train(config: TrainConfig, data: "_Data", directory: Path, progress: bool) -> None:
+    run = _Run(config, data, directory)
+    run.resume()
+    name = f"crosscoder {config.partition.dict_size} k={config.k}"
+    todo = range(run.step, config.steps)
+    bar = tqdm(todo, name, total=config.steps, initial=run.step, disable=not progress)
+    for step in bar:
+        run.train_step(data.batch(step))
+        if run.rows[-1]["step"] == run.step:
+            bar.set_postfix(mse=f"{run.rows[-1]['mse']:.4f}", refresh=False)
+        if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+            run.checkpoint()
+    run.finish()
 
 
 def _threads(config: TrainConfig, d_model: int) -> AbstractContextManager[None]:
@@ -549,7 +564,6 @@ class _Run:
         self._write_metrics()
         self.crosscoder.check_integrity()
         self.crosscoder.save(self.directory)  # cfg.json comes last and marks the run as finished
-        _discard_state(self.directory)
 
     def _write_metrics(self) -> None:
         text = io.StringIO()

@@ -291,6 +291,21 @@ def test_keys_name_the_content(crosscoder, h):
     assert iv.key(iv.Steer(Codec(other), (1, 2), 4.0)) != iv.key(base)
 
 
+def test_a_setting_of_the_crosscoder_is_part_of_the_key(crosscoder):
+    """Another k gives another code from the same weights; kept cells must not be taken for it."""
+    other = Crosscoder(dataclasses.replace(crosscoder.cfg, k=crosscoder.cfg.k + 1))
+    other.load_state_dict(crosscoder.state_dict())
+    assert iv.key(Codec(other)) != iv.key(Codec(crosscoder))
+
+
+def test_a_control_reads_what_its_model_reads(crosscoder):
+    """Else the engine leaves the other model out, and the control's length is not a number."""
+    own, joint = Codec(crosscoder, encoding="own"), Codec(crosscoder)
+    assert iv.RandomFeatures(own, "shared", iv.Steer(joint, (1,), 2.0)).reads_others
+    assert iv.RandomFeatures(joint, "shared", iv.Steer(own, (1,), 2.0)).reads_others
+    assert not iv.RandomFeatures(own, "shared", iv.Steer(own, (1,), 2.0)).reads_others
+
+
 def test_bad_arguments_are_named(crosscoder, h):
     with pytest.raises(ValueError, match="protocol='raw'"):
         Codec(crosscoder, "raw")

@@ -400,8 +400,8 @@ def test_notebooks_side_by_side_share_the_cores(fresh, command, monkeypatch, cor
         write_notebook(fresh, name, [code])
     command(fresh, "run", "--jobs", "2", "--notebook", "00", "02")
     alone = f"from dfc_lib import paths; assert paths.cores() == {cores}"
-    write_notebook(fresh, "00_first", [alone])
-    command(fresh, "run", "--jobs", "2", "--notebook", "00")
+    write_notebook(fresh, "01_second", [alone], needs=["00_first"])  # which is fresh by then
+    command(fresh, "run", "--jobs", "2", "--notebook", "01")
 
 
 @pytest.mark.parametrize("value", ["0", "two"])
@@ -421,6 +421,17 @@ def test_a_failure_does_not_waste_what_runs_beside_it(fresh, command):
     assert "00_first FAILED; still running: 02_alone" in shown
     assert "ZeroDivisionError" in shown
     assert "01_second (" not in shown
+    assert (fresh / "build/toy/state/02_alone.json").exists()
+
+
+def test_a_notebook_that_cannot_begin_does_not_stop_those_that_run(fresh, command):
+    """01 lacks an input once 00 has run; 02 is in its cell by then."""
+    write_notebook(fresh, "00_first", [meet("../first", "../alone")])
+    goes_on = meet("../alone", "../first") + "\nimport time; time.sleep(3)"
+    write_notebook(fresh, "02_alone", [goes_on])
+    write_notebook(fresh, "01_second", ["1"], needs=["00_first"], inputs=["data/gone.csv"])
+    shown = command(fresh, "run", "--jobs", "2", status=1)
+    assert "data/gone.csv" in shown
     assert (fresh / "build/toy/state/02_alone.json").exists()
 
 

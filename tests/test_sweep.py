@@ -13,7 +13,16 @@ import pandas as pd
 import pytest
 import torch
 
-from dfc_lib import activations, evaluation, interventions, paths, profiles, prompts, sweep
+from dfc_lib import (
+    activations,
+    corpora,
+    evaluation,
+    interventions,
+    paths,
+    profiles,
+    prompts,
+    sweep,
+)
 from dfc_lib.pair import load_pair
 
 PROFILE = replace(
@@ -104,8 +113,16 @@ def test_every_scaled_run_can_be_trained_and_differs(name):
     assert len({c.k for c in configs}) == 3
 
 
-def test_reading_one_token_equals_generating(build):
-    """Margins from kept keys and values, left-padded, are the engine's; reading changes nothing."""
+def test_the_prompts_are_the_profiles_own(build, monkeypatch):
+    """With another pair, its prompts and not those of the embedded one."""
+    calls = [r for r in corpora.records(PROFILE, "evaluation") if r.kind == "call"]
+    own = [replace(calls[3], held_out=False, query="mine?")]
+    monkeypatch.setattr(corpora, "records", lambda profile, split: own)
+    assert sweep.Bench(PROFILE).records == own
+
+
+def test_measuring_equals_generating(build):
+    """Prompts kept between calls, and the margin alone where that is wanted, change nothing."""
     bench = sweep.open_bench(PROFILE)
     cells = {"clean": interventions.Clean(), "other": interventions.OtherModel(1)}
     cells["push"] = interventions.random_directions(sweep.Scaled(0.5), 1, 128)[0]

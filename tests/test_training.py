@@ -400,7 +400,7 @@ def test_get_or_train_trains_once_and_a_changed_config_or_data_key_trains_again(
     get_or_train(changed(seed=1), activations, tmp_path, "data-1", progress=False)
     get_or_train(CONFIG, activations, tmp_path, "data-2", progress=False)
     assert len(calls) == 3
-    assert len(list((tmp_path / "crosscoders").iterdir())) == 3
+    assert len([p for p in (tmp_path / "crosscoders").iterdir() if p.is_dir()]) == 3
 
 
 def test_the_key_ignores_what_cannot_change_the_weights_and_nothing_else():
@@ -493,6 +493,21 @@ def test_many_crosscoders_side_by_side_are_the_same_as_one_by_one(tmp_path):
         alone = get_or_train(config, X, tmp_path / "alone", "x", progress=False)
         for one, other in zip(alone.parameters(), together[seed].parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_two_that_want_one_run_train_it_once(tmp_path, monkeypatch):
+    """A sweep beside a notebook: the second waits, and finds the run finished."""
+    begun, train = [], training._train
+
+    def counted(*args):
+        begun.append(args)
+        train(*args)
+
+    monkeypatch.setattr(training, "_train", counted)
+    one = partial(training.get_or_train, changed(), X, tmp_path, "data")
+    first, second = training.get_all({"first": one, "second": one}, 2, progress=False).values()
+    assert len(begun) == 1
+    assert torch.equal(first.W_dec, second.W_dec)
 
 
 def test_many_crosscoders_stop_at_the_first_that_fails(tmp_path):
