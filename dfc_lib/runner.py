@@ -329,7 +329,7 @@ def _settle(project: Project, notebook: Notebook, partial: Path, *, keep_injecte
             cell.outputs, cell.execution_count = result.outputs, result.execution_count
     for cell in settled.cells:
         if cell.cell_type == "code":
-            cell.outputs = _without_progress_bars(cell.outputs)
+            cell.outputs = _joined(_without_progress_bars(cell.outputs))
     about_this_run = [
         "metadata.papermill",
         "metadata.widgets",
@@ -367,6 +367,18 @@ def _without_progress_bars(outputs: list) -> list:
             if not lines:
                 continue
         kept.append(output)
+    return kept
+
+
+def _joined(outputs: list) -> list:
+    """One output for what a stream printed in a row: kernels cut it where the clock says so."""
+    kept: list = []
+    for output in outputs:
+        before = kept[-1] if kept else None
+        if output.output_type == "stream" and before and before.get("name") == output.name:
+            before.text += output.text
+        else:
+            kept.append(output)
     return kept
 
 

@@ -411,6 +411,16 @@ def test_an_unusable_number_of_cores_is_named(monkeypatch, value):
         paths.cores()
 
 
+def test_what_was_printed_in_a_row_is_one_output(fresh, command):
+    """Where the kernel cuts a stream depends on the clock, and a committed notebook must not."""
+    cell = "import sys\nfor i in range(3):\n    print(i)\n    sys.stdout.flush()\n'end'"
+    path = write_notebook(fresh, "00_first", [cell])
+    command(fresh, "run", "--notebook", "00")
+    stream, value = json.loads(path.read_text())["cells"][1]["outputs"]
+    assert "".join(stream["text"]) == "0\n1\n2\n"
+    assert value["output_type"] == "execute_result"
+
+
 def test_a_failure_does_not_waste_what_runs_beside_it(fresh, command):
     """A notebook of ten minutes is not thrown away because another has failed."""
     fails = meet("../first", "../alone") + "\n1 / 0"
