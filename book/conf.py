@@ -20,6 +20,8 @@ exclude_patterns = ["README.md"]  # it is included in index.md
 html_theme_options = {"navigation_with_keys": True}
 
 nb_execution_mode = "off"
+nb_code_prompt_show = "Show the solution"  # only solutions are folded
+nb_code_prompt_hide = "Hide the solution"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image"]
 myst_heading_anchors = 4
