@@ -173,21 +173,24 @@ def _single_feature(load: Load) -> list[Finding]:
     found = [Finding("published", best.gain, best.low, best.high, int(best.n))]
     own = _one(grid, prompts="report", features=1, alpha=_chosen_alpha(load))
     finding = Finding("calibrated", own.gain, own.low, own.high, int(own.n))
-    drawn = len(load("05_random_directions")) - 2
-    for against, protocol, name in (
-        ("best random direction", "calibrated", f"best of {drawn} random directions"),
-        ("mean of A - B", "calibrated, against a mean", "mean of A - B"),
+    random = load("05_random_directions")
+    random = random[random.direction.isin(["isotropic", "covariance"])].gain
+    means = _where(load("05_saturation"), source="A - B").gain
+    best_of = f"best of {len(random)} random directions"
+    for against, protocol, name, gain in (
+        ("best random direction", "calibrated", best_of, random.max()),
+        ("mean of A - B", "calibrated, against a mean", "mean of A - B", means.max()),
     ):
         beyond = _one(load("05_paired"), what="one feature", against=against)
         found.append(
             finding._replace(
                 protocol=protocol,
                 control=name,
-                control_effect=own.gain - beyond.difference,
+                control_effect=gain,
                 over=beyond.difference,
                 over_low=beyond.low,
                 over_high=beyond.high,
-                note=f"paired on {int(beyond.n)} prompts",
+                note=f"margin paired on {int(beyond.n)} prompts",
             )
         )
     return found

@@ -147,7 +147,7 @@ class Bench:
         self.n_generated = min(N_GENERATED, profile.n_steering, len(self.records))
         tokenizer, style = self.pair.tokenizer, prompts.FIXED_STYLE
         texts = [prompts.chat_text(tokenizer, record, style) for record in self.records]
-        self.ids, self.openers = prompts.encode(tokenizer, texts), evaluation.opener_ids(tokenizer)
+        self.ids = prompts.encode(tokenizer, texts)
         settings = [SWEEP_VERSION, THREADS, RATIOS, N_DRAWS, self.n_generated, profile.layer]
         settings += [profile.dtype, profile.max_new_tokens, self.vectors.key, self.ids]
         settings += [fingerprint(model) for model in self.pair.models.values()]
