@@ -1,4 +1,4 @@
-"""How fast are activations cached? `dfc_lib.activations.cache` against the plain loop.
+"""How fast are activations cached? `dfc_lib.data.activations.cache` against the plain loop.
 
     python benchmarks/cache_activations.py               # scaled to a CPU: about a minute
     python benchmarks/cache_activations.py --size qwen   # Qwen2.5-3B's true size, on a GPU
@@ -39,8 +39,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dfc_lib import activations, paths, profiles, prompts
-from dfc_lib.pair import Pair, load_tokenizer
+from dfc_lib import paths, profiles
+from dfc_lib.data import activations, prompts
+from dfc_lib.data.pair import Pair, load_tokenizer
 
 LAYER, PLAIN_BATCH = 13, 8
 SIZES = {"scaled": 8, "qwen": 1}  # by what Qwen2.5-3B's width, vocabulary and so on are divided

@@ -1,4 +1,4 @@
-"""How fast are features ranked? `dfc_lib.ranking.discriminability` against a scipy loop.
+"""How fast are features ranked? `dfc_lib.reading.ranking.discriminability` against a scipy loop.
 
     python benchmarks/ranking.py                   # 16,384 features x 8,000 prompts, k = 90
     python benchmarks/ranking.py --features 2048   # smaller
@@ -22,7 +22,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dfc_lib.ranking import discriminability
+from dfc_lib.reading.ranking import discriminability
 
 
 def codes(n_prompts: int, n_features: int, k: int, seed: int = 0) -> np.ndarray:

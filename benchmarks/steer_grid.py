@@ -12,7 +12,7 @@ nothing, and the engine decodes equal vectors once, which would flatter it. How 
 distinct is printed. All contenders decode greedily on the embedded pair, in float32, in the same
 process:
 
-- ``engine``: ``dfc_lib.generation.generate`` as the notebooks call it, every prompt and cell in one
+- ``engine``: ``dfc_lib.steering.generation.generate`` as the notebooks call it, every prompt and cell in one
   call.
 - ``fair loop``: ``generation.generate_reference`` (Hugging Face's forward pass and KV cache), a
   batch of one; per prompt both models' activations, clean and reconstruction are computed once.
@@ -43,11 +43,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dfc_lib import evaluation, generation, paths, profiles, prompts, training
-from dfc_lib.activations import residual
-from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
-from dfc_lib.interventions import Clean, Codec, Reconstruction, Steer, apply
-from dfc_lib.pair import Pair, load_pair
+from dfc_lib import paths, profiles
+from dfc_lib.crosscoder import recipes, training
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.data import prompts
+from dfc_lib.data.activations import residual
+from dfc_lib.data.pair import Pair, load_pair
+from dfc_lib.steering import evaluation, generation
+from dfc_lib.steering.interventions import Clean, Codec, Reconstruction, Steer, apply
 
 FEATURES, ALPHAS = (1, 2, 3, 4, 5, 7), (2.0, 4.0, 8.0, 16.0, 32.0)
 Tokens = dict[tuple[int, str], list[int]]  # (prompt, cell) -> continuation
@@ -65,7 +69,7 @@ def site_of(pair: Pair, prompt: list[int]) -> torch.Tensor:
 
 def shared_crosscoder(profile: profiles.Profile, h: torch.Tensor) -> tuple[Crosscoder, str]:
     """The notebooks' crosscoder if there is one (nothing is trained here), else a fresh one."""
-    reference, seed = training.Reference(profile, vectors="last", tie_shared=True), profile.seeds[0]
+    reference, seed = recipes.Reference(profile, vectors="last", tie_shared=True), profile.seeds[0]
     build = paths.build_root() / profile.name
     if (build / "activations" / "train_last" / "manifest.json").is_file():
         key = reference.activations.key

@@ -7,7 +7,7 @@
 Paper sizes: d_model 2048, D 8192 and 16384, k 45, 90 and 160, batch 1024. Contenders, all in
 float32 on the same random activations of two models, auxiliary loss off:
 
-- ``ours``: ``dfc_lib.training.train`` as the notebooks call it, with its batches, normaliser,
+- ``ours``: ``dfc_lib.crosscoder.training.train`` as the notebooks call it, with its batches, normaliser,
   gradient clipping and logging.
 - ``dense``: the plain loop of the published code: einsum, ReLU, top-k, scatter, einsum, Adam,
   clipping, and a second forward pass for the metrics. Masks are applied after each step only,
@@ -38,8 +38,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dfc_lib.crosscoder import Partition
-from dfc_lib.training import TrainConfig, train
+from dfc_lib.crosscoder.partition import Partition
+from dfc_lib.crosscoder.training import TrainConfig, train
 
 
 @dataclass(frozen=True)

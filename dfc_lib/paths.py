@@ -11,9 +11,7 @@
 """
 
 import os
-import threading
 from pathlib import Path
-from typing import IO
 
 ROOT = Path(os.environ.get("DFC_ROOT") or Path(__file__).parents[1]).resolve()
 NOTEBOOKS = ROOT / "notebooks"
@@ -63,38 +61,6 @@ def _unwritable(folder: Path, why: str) -> BuildFolderError:
         f"cannot write to the build folder {folder} ({why}). Make it writable, or set the "
         "environment variable DFC_BUILD to a folder that is: DFC_BUILD=~/dfc-build make figures"
     )
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write ``content`` (text as UTF-8, newlines as given); ``path`` is never seen half written.
-
-    Folders on the way are created; two writers at once leave one complete file, never a mixture.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because os.replace is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def lock(stream: IO, wait: bool = True) -> None:
-    """Hold a file for this process; the system lets go when it is closed or its holder ends.
-
-    Raises:
-        OSError: another one holds it, and ``wait`` is false.
-    """
-    if os.name == "nt":
-        import msvcrt
-
-        stream.seek(1 << 30)  # a locked byte cannot be read there, so lock one behind the text
-        msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def cores() -> int:

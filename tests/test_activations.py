@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfc_lib import activations as acts
-from dfc_lib.activations import Activations, CacheError, Tokens, cache, lint, residual
-from dfc_lib.pair import Pair
+from dfc_lib.data import activations as acts
+from dfc_lib.data.activations import Activations, CacheError, Tokens, cache, lint, residual
+from dfc_lib.data.pair import Pair
 from tests.test_pair import qwen
 
 
@@ -140,7 +140,7 @@ def test_killed_run_resumes(tmp_path):
         import sys, time
         import numpy as np
         from dfc_lib import activations
-        from dfc_lib.pair import Pair
+        from dfc_lib.data.pair import Pair
         from tests.test_pair import qwen
         draw = np.random.default_rng(0)
         texts = [draw.integers(3, 64, 12).tolist() for _ in range(60)]

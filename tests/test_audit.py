@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from dfc_lib import audit, profiles
-from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
-from dfc_lib.interventions import Site
+from dfc_lib import profiles
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.steering.interventions import Site
+from tools import audit
 
 PROFILE = replace(
     profiles.get("smoke"), n_steering=4, n_selection=8, n_bootstrap=50, batch_generation=32

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from dfc_lib import autointerp
-from dfc_lib.activations import Tokens
-from dfc_lib.autointerp import MARKS, Corpus, Example, Explanation, PredicateExplainer
+from dfc_lib.data.activations import Tokens
+from dfc_lib.reading import autointerp
+from dfc_lib.reading.autointerp import MARKS, Corpus, Example, Explanation, PredicateExplainer
 
 KEY = "sk-secret-0123456789"
 WORDS = ["red", "green", "blue", "cat", "dog", "cow", "one", "two", "runs", "sits", "eats", "is"]

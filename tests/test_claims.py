@@ -5,8 +5,9 @@ from math import nan
 import pandas as pd
 import pytest
 
-from dfc_lib import claims, figures, profiles
-from dfc_lib.claims import Claim, Finding
+from dfc_lib import profiles
+from dfc_lib.results import claims, figures
+from dfc_lib.results.claims import Claim, Finding
 
 
 def claim(kind="effect", expected=0.6):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dfc_lib import corpora, paths, profiles, prompts, scoring
-from dfc_lib.corpora import CorpusError, record_of
+from dfc_lib import paths, profiles
+from dfc_lib.data import corpora, prompts, scoring
+from dfc_lib.data.corpora import CorpusError, record_of
 
 CITIES = ["Oslo", "Lima", "Cairo", "Quito", "Hanoi", "Accra", "Turin", "Perth", "Nice", "Kyoto"]
 TOOLS = (

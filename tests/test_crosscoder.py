@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file, save_file
 
-from dfc_lib import kernels
-from dfc_lib.crosscoder import (
-    Block,
-    Crosscoder,
-    Normaliser,
-    Partition,
-    TrainingCrosscoder,
-    load,
-    load_published,
-)
+from dfc_lib.crosscoder import kernels
+from dfc_lib.crosscoder.checkpoint import load, load_published
+from dfc_lib.crosscoder.model import Crosscoder, TrainingCrosscoder
+from dfc_lib.crosscoder.partition import Block, Normaliser, Partition
 
 DFC = Partition.dedicated(40, 0.15)  # 6 + 6 + 28
 PLAIN = Partition.plain(40)

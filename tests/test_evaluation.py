@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from dfc_lib import evaluation, paths, profiles, prompts
-from dfc_lib.interventions import Clean, OtherModel
-from dfc_lib.pair import load_pair
-from dfc_lib.toyworld import world
+from dfc_lib import paths, profiles
+from dfc_lib.data import prompts
+from dfc_lib.data.pair import load_pair
+from dfc_lib.steering import evaluation
+from dfc_lib.steering.interventions import Clean, OtherModel
+from tools.make_pair import world
 
 
 def test_margin_is_the_log_odds_of_all_openers():

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib import evolution, training
-from dfc_lib.activations import residual
-from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition, load
-from dfc_lib.pair import Pair
-from dfc_lib.training import TrainConfig, train
+from dfc_lib.crosscoder import training
+from dfc_lib.crosscoder.checkpoint import load
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.crosscoder.training import TrainConfig, train
+from dfc_lib.data.activations import residual
+from dfc_lib.data.pair import Pair
+from dfc_lib.reading import evolution
 from tests.test_pair import qwen
 from tests.test_training import in_child, kill_at_call, needs_fork
 

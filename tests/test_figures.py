@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfc_lib import figures, paths, profiles
+from dfc_lib import paths, profiles
+from dfc_lib.results import figures
 
 SMOKE = profiles.PROFILES["smoke"]
 TOY = profiles.PROFILES["toy"]

@@ -20,15 +20,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dfc_lib import generation as gen
-from dfc_lib import interventions as iv
 from dfc_lib import paths, profiles
-from dfc_lib.activations import residual
-from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
-from dfc_lib.interventions import Codec
-from dfc_lib.pair import Pair, PairError, load_pair
-from dfc_lib.prompts import FIXED_STYLE, chat_text, encode, read_records
-from dfc_lib.training import TrainConfig, train
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.crosscoder.training import TrainConfig, train
+from dfc_lib.data.activations import residual
+from dfc_lib.data.pair import Pair, PairError, load_pair
+from dfc_lib.data.prompts import FIXED_STYLE, chat_text, encode, read_records
+from dfc_lib.steering import generation as gen
+from dfc_lib.steering import interventions as iv
+from dfc_lib.steering.interventions import Codec
 
 EOS, VOCAB, WIDTH = 3, 96, 64
 ENDS = list(range(8))  # several end tokens, so that rows of a random model stop at various steps

@@ -5,8 +5,9 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from dfc_lib import geometry
-from dfc_lib.crosscoder import Crosscoder, Partition
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Partition
+from dfc_lib.reading import geometry
 
 LIKE = {"A_exclusive": 30, "B_exclusive": 30, "shared": 90}
 QUICK = {"n_permutations": 60}

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dfc_lib import groundtruth as gt
-from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.reading import groundtruth as gt
 
 CONFIG = gt.PlantedConfig(d_model=24, n_shared=30, n_per_rate=2)
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfc_lib import interventions as iv
-from dfc_lib.crosscoder import Crosscoder, Normaliser, Partition
-from dfc_lib.interventions import Codec, Site, apply
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.steering import interventions as iv
+from dfc_lib.steering.interventions import Codec, Site, apply
 
 A, B, D_MODEL = 0, 1, 6
 

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from dfc_lib import figures, paths, profiles
-from dfc_lib.freshness import load_notebooks
+from dfc_lib import paths, profiles
+from dfc_lib.results import figures
+from tools.freshness import load_notebooks
 
 NAMES = sorted(load_notebooks(paths.ROOT))
 LIMIT = 1_000_000  # bytes

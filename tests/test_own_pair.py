@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from dfc_lib import paths, profiles, runner
+from dfc_lib import paths, profiles
 from tests.test_corpora import fineweb_rows, toolrl_rows, write
 from tests.test_qwen_path import model_like_qwen, tokenizer_like_qwen
+from tools import runner
 
 SETTINGS = {
     "like": "qwen",

@@ -141,7 +141,7 @@ def test_importing_the_package_is_quick_and_light():
         "torch transformers sae_lens transformer_lens pandas numpy matplotlib papermill nbformat"
     )
     code = (
-        "import sys, dfc_lib, dfc_lib.paths, dfc_lib.profiles, dfc_lib.runner, dfc_lib.figures;"
+        "import sys, dfc_lib, dfc_lib.paths, dfc_lib.profiles, tools.runner, dfc_lib.results.figures;"
         f"print(*set({heavy.split()}) & set(sys.modules))"
     )
     result = subprocess.run(

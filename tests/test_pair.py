@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from dfc_lib import pair as pairs
-from dfc_lib.pair import Pair, PairError
+from dfc_lib.data import pair as pairs
+from dfc_lib.data.pair import Pair, PairError
 
 
 def qwen(seed=0, width=32, vocab=64):

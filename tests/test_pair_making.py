@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib import scoring
-from dfc_lib.pair import load_model, load_tokenizer
-from dfc_lib.toyworld import posttrain, pretrain, prose, world
+from dfc_lib.data import scoring
+from dfc_lib.data.pair import load_model, load_tokenizer
+from tools.make_pair import posttrain, pretrain, prose, world
 
 TINY = pretrain.PretrainConfig(
     n_layers=2,

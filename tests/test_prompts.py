@@ -2,8 +2,9 @@
 
 import pytest
 
-from dfc_lib import paths, prompts
-from dfc_lib.toyworld import world
+from dfc_lib import paths
+from dfc_lib.data import prompts
+from tools.make_pair import world
 
 
 def test_records_survive_the_disk(tmp_path):

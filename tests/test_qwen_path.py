@@ -14,21 +14,15 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from dfc_lib import (
-    activations,
-    budget,
-    corpora,
-    evaluation,
-    pair,
-    paths,
-    profiles,
-    prompts,
-    ranking,
-)
-from dfc_lib.interventions import Clean, Codec, Steer
-from dfc_lib.pair import PairError, load_model, load_pair
-from dfc_lib.training import Reference
+from dfc_lib import paths, profiles
+from dfc_lib.crosscoder.recipes import Reference
+from dfc_lib.data import activations, corpora, pair, prompts
+from dfc_lib.data.pair import PairError, load_model, load_pair
+from dfc_lib.reading import ranking
+from dfc_lib.steering import evaluation
+from dfc_lib.steering.interventions import Clean, Codec, Steer
 from tests.test_corpora import fineweb_rows, toolrl_rows, write
+from tools import budget
 
 LAYER, WIDTH, ROWS = 1, 64, 512  # ROWS: of the embedding, more than there are tokens
 TEMPLATE = (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse, stats
 
-from dfc_lib.ranking import discriminability, rank_within_blocks, stability
+from dfc_lib.reading.ranking import discriminability, rank_within_blocks, stability
 
 COLUMNS = ["cohens_d", "auroc", "fire_rate_positive", "fire_rate_negative", "mean_difference"]
 
@@ -96,7 +96,7 @@ def test_chunks_change_nothing(monkeypatch):
     """Features are mixed up between chunks, or the last, shorter one is dropped."""
     whole = discriminability(*codes())
     for chunk in (1, 60 * 7, 60 * 39):
-        monkeypatch.setattr("dfc_lib.ranking._CHUNK", chunk)
+        monkeypatch.setattr("dfc_lib.reading.ranking._CHUNK", chunk)
         pd.testing.assert_frame_equal(discriminability(*codes()), whole, check_exact=True)
 
 

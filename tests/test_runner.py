@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from dfc_lib import freshness, paths, profiles, runner
-from dfc_lib.freshness import CompendiumError, code_text
+from dfc_lib import paths, profiles
+from tools import freshness, runner
+from tools.freshness import CompendiumError, code_text
 
 SMOKE, TOY = profiles.PROFILES["smoke"], profiles.PROFILES["toy"]
 
@@ -95,7 +96,7 @@ def fresh(tmp_path) -> Path:
 def all_ran(tmp_path_factory) -> tuple[Path, str]:
     root = make_compendium(tmp_path_factory.mktemp("ran") / "compendium")
     return root, subprocess.run(
-        [sys.executable, "-m", "dfc_lib.runner", "run", "--root", str(root)],
+        [sys.executable, "-m", "tools.runner", "run", "--root", str(root)],
         cwd=paths.ROOT,
         env={name: value for name, value in os.environ.items() if not name.startswith("DFC_")},
         capture_output=True,
@@ -348,7 +349,7 @@ def test_terminating_a_run_keeps_the_good_notebook_and_stops_the_kernel(ran, com
     code = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     edit(path, '"1 + 1"', json.dumps(code))
     before = path.read_bytes()
-    line = [sys.executable, "-m", "dfc_lib.runner", "run", "--notebook", "02", "--root", str(ran)]
+    line = [sys.executable, "-m", "tools.runner", "run", "--notebook", "02", "--root", str(ran)]
     process = subprocess.Popen(line, cwd=paths.ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300  # a busy machine starts kernels slowly
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:

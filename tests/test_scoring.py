@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfc_lib.scoring import calls, gold_has_call, lenient, names_tool, strict, toolrl_reward
+from dfc_lib.data.scoring import calls, gold_has_call, lenient, names_tool, strict, toolrl_reward
 
 quick = settings(deadline=None, max_examples=60)  # wall times say nothing on a busy machine
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dfc_lib.statistics import (
+from dfc_lib.results.statistics import (
     best_cell,
     bootstrap_mean,
     cluster_bootstrap,
@@ -129,7 +129,7 @@ def test_resampling_in_chunks_changes_nothing(monkeypatch):
     ids = np.arange(30) // 3
     clean, cells = x > 0, np.random.default_rng(1).random((4, 30)) > 0.5
     whole = bootstrap_mean(x), cluster_bootstrap(x, ids), best_cell(clean, cells, n_bootstrap=100)
-    monkeypatch.setattr("dfc_lib.statistics._CHUNK", 3_000)
+    monkeypatch.setattr("dfc_lib.results.statistics._CHUNK", 3_000)
     parts = bootstrap_mean(x), cluster_bootstrap(x, ids), best_cell(clean, cells, n_bootstrap=100)
     assert whole == parts
 
@@ -390,7 +390,7 @@ def test_bad_input_is_named(call, message):
 def test_import_is_light():
     """Every notebook kernel pays for what is imported at the top."""
     code = (
-        "import sys, dfc_lib.statistics; "
+        "import sys, dfc_lib.results.statistics; "
         "sys.exit(any(m in sys.modules for m in ('scipy', 'statsmodels', 'pandas', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,17 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from dfc_lib import (
-    activations,
-    corpora,
-    evaluation,
-    interventions,
-    paths,
-    profiles,
-    prompts,
-    sweep,
-)
-from dfc_lib.pair import load_pair
+from dfc_lib import paths, profiles
+from dfc_lib.data import activations, corpora, prompts
+from dfc_lib.data.pair import load_pair
+from dfc_lib.steering import evaluation, interventions, sweep
 
 PROFILE = replace(
     profiles.get("smoke"),

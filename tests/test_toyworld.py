@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from dfc_lib import prompts, scoring
-from dfc_lib.toyworld import world
+from dfc_lib.data import prompts, scoring
+from tools.make_pair import world
 
 
 def test_world_is_as_large_as_the_data_card_says():

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib import activations, profiles, training
-from dfc_lib.crosscoder import Normaliser, Partition, TrainingCrosscoder
-from dfc_lib.pair import Pair
-from dfc_lib.training import (
-    Reference,
+from dfc_lib import profiles
+from dfc_lib.crosscoder import training
+from dfc_lib.crosscoder.model import TrainingCrosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.crosscoder.recipes import Reference
+from dfc_lib.crosscoder.training import (
     TrainConfig,
     config_key,
     fidelity,
@@ -27,6 +28,8 @@ from dfc_lib.training import (
     run_directory,
     train,
 )
+from dfc_lib.data import activations
+from dfc_lib.data.pair import Pair
 from tests.test_pair import qwen
 
 D_MODEL, N = 8, 150

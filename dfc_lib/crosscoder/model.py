@@ -1,0 +1,669 @@
+"""The crosscoder: one sparse dictionary over the residual streams of several models.
+
+With ``z_m`` the normalised activation of model ``m``::
+
+    f     = TopK(ReLU(sum_m z_m @ W_enc[m] + b_enc))    # (batch, d_dict), k features per sample
+    z^_m  = f @ W_dec[:, m] + b_dec[m]                  # (batch, d_model)
+
+A *Dedicated Feature Crosscoder* (arXiv 2606.26474) gives every model a block of features of its
+own: an exclusive feature may read and write one model only, its other weights are exactly zero at
+all times. Here that is a ``Partition``; a plain crosscoder is the partition with one shared block.
+Raw activations enter and leave through a ``Normaliser``, which is part of the checkpoint: a
+dictionary without the scale that it was trained in is not the same dictionary.
+
+``W_enc`` is ``(n_models, d_model, d_dict)`` and ``W_dec`` ``(d_dict, n_models, d_model)``; both are
+views of feature-major storage, see ``kernels``. The classes are registered with SAELens as
+``dfc_crosscoder``: once this module is imported, ``sae_lens.SAE.load_from_disk`` and
+``sae_lens.TrainingSAE.load_from_disk`` read a checkpoint back.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_class,
+    register_sae_training_class,
+)
+from sae_lens.saes.sae import (
+    SAE,
+    SAEConfig,
+    SAEMetadata,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from dfc_lib.crosscoder import kernels
+from dfc_lib.crosscoder.partition import Block, Normaliser, Partition, Raw, Rows
+from dfc_lib.store import save_tensors, write_atomically
+
+ARCHITECTURE = "dfc_crosscoder"
+VARIANTS = ("published", "exclusive_only")
+
+Variant = Literal["published", "exclusive_only"]
+Flat = Float[Tensor, "batch model*d_model"]  # the same in normalised units, concatenated
+Code = Float[Tensor, "batch d_dict"]  # features
+Scalar = Float[Tensor, ""]
+
+# --------------------------------------------------------------------------------------------------
+# Configuration, as SAELens stores it
+
+
+@dataclass(kw_only=True)
+class _CrosscoderFields:
+    k: int
+    partition: dict[str, Any]
+    batchtopk: bool = False
+    tie_shared: bool = False
+    apply_b_dec_to_input: bool = False
+
+
+@dataclass(kw_only=True)
+class CrosscoderConfig(_CrosscoderFields, SAEConfig):
+    """For inference. ``d_in`` is ``n_models * d_model``, ``d_sae`` is ``d_dict``.
+
+    Args:
+        k: active features per sample (on average over the batch if ``batchtopk``).
+        partition: ``Partition.to_dict()``.
+        batchtopk: select over the batch in training (arXiv 2412.06410), by a threshold afterwards.
+        tie_shared: a shared feature's decoder rows are equal in all models (normalised units).
+        apply_b_dec_to_input: subtract ``b_dec`` before encoding; off in the published crosscoders.
+    """
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+@dataclass(kw_only=True)
+class TrainingCrosscoderConfig(_CrosscoderFields, TrainingSAEConfig):
+    """``CrosscoderConfig`` plus what training needs.
+
+    Args:
+        shared_coef, exclusive_coef, variant: the sparsity penalties, see ``Crosscoder.loss``.
+        aux_coef: weight of the auxiliary loss for dead features; ignored by ``published``.
+        aux_k: dead features per sample that take part in it; 0 means ``2 * k``.
+        threshold_rate: rate of the moving average of BatchTopK's threshold.
+        init_seed: seed of the initial weights.
+        decoder_init_norm: initial norm of a feature's decoder row over all models. Adam's fixed
+            step turns a short row faster: 0.3 explained more variance than 1 in short runs.
+    """
+
+    shared_coef: float = 0.0
+    exclusive_coef: float = 0.0
+    variant: str = "exclusive_only"
+    aux_coef: float = 1 / 32
+    aux_k: int = 0
+    threshold_rate: float = 0.01
+    init_seed: int = 0
+    decoder_init_norm: float = 0.3
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+# --------------------------------------------------------------------------------------------------
+# The crosscoder
+
+
+class Forward(NamedTuple):
+    """One forward pass in normalised units, with the code kept sparse."""
+
+    z: Flat
+    reconstruction: Flat
+    preactivations: Code  # detached
+    pattern: kernels.Pattern
+    activations: Float[Tensor, " entries"]  # of the entries of ``pattern``, after ReLU
+
+    def firings(self) -> Int64[Tensor, " d_dict"]:
+        """In how many samples each feature is active."""
+        return self.pattern.feature[self.activations > 0].bincount(minlength=self.pattern.d_dict)
+
+
+class _Constrained(Function):
+    """A weight as it is, with a gradient that obeys the partition.
+
+    Unlike a gradient hook, it cannot get lost in a ``deepcopy``.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, constrain_: Callable[[Tensor], None]) -> Tensor:
+        ctx.constrain_ = constrain_
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.constrain_(grad)
+        return grad, None
+
+
+class _CrosscoderCore:
+    """What inference and training have in common: everything but the bookkeeping of SAELens."""
+
+    config_class: type[SAEConfig]
+    _selects_by_batch = False  # BatchTopK in use goes by its threshold, in training by the batch
+
+    @classmethod
+    def create(
+        cls,
+        d_model: int,
+        partition: Partition,
+        k: int,
+        normaliser: Normaliser | None = None,
+        *,
+        batchtopk: bool = False,
+        tie_shared: bool = False,
+        apply_b_dec_to_input: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        metadata: dict[str, Any] | None = None,
+        **training_fields: Any,
+    ):
+        """A crosscoder with initial weights and, unless one is given, the identity normaliser.
+
+        Initial weights: one random direction per feature, the same in every model that the feature
+        belongs to, so that no model starts with an advantage; the encoder is the decoder's
+        transpose; biases are zero.
+
+        ``tie_shared`` ties the decoder rows only. A feature *means* what it writes. A tied encoder
+        could read nothing but the mean of the streams, which would cost fidelity and push no
+        difference into the exclusive blocks.
+
+        Raises:
+            ValueError: ``k`` is not between 1 and the dictionary size.
+        """
+        cfg = cls.config_class(
+            d_in=partition.n_models * d_model,
+            d_sae=partition.dict_size,
+            k=k,
+            partition=partition.to_dict(),
+            batchtopk=batchtopk,
+            tie_shared=tie_shared,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            metadata=SAEMetadata(**(metadata or {})),
+            **training_fields,
+        )
+        crosscoder = cls(cfg)
+        if normaliser is not None:
+            crosscoder.normaliser = normaliser
+        return crosscoder
+
+    def initialize_weights(self) -> None:  # called by SAELens' constructor
+        cfg = self.cfg
+        self.partition = Partition.from_dict(cfg.partition)
+        self.n_models, self.d_dict = self.partition.n_models, self.partition.dict_size
+        self.d_model = cfg.d_in // self.n_models
+        if cfg.d_sae != self.d_dict or cfg.d_in != self.n_models * self.d_model:
+            raise ValueError(
+                f"d_sae={cfg.d_sae} and d_in={cfg.d_in} do not fit the partition, which has "
+                f"{self.d_dict} features and {self.n_models} models"
+            )
+        if not 1 <= cfg.k <= self.d_dict:
+            raise ValueError(f"k={cfg.k} must lie between 1 and the {self.d_dict} features")
+
+        options = {"dtype": self.dtype, "device": self.device}
+        rows = torch.empty(self.d_dict, self.n_models, self.d_model, **options)
+        if self.device.type != "meta":  # where SAELens builds a model before it assigns the weights
+            generator = torch.Generator().manual_seed(getattr(cfg, "init_seed", 0))
+            directions = torch.randn(self.d_dict, 1, self.d_model, generator=generator)
+            rows.copy_(directions.expand_as(rows))
+            self.partition.zero_forbidden_(rows)
+            rows *= getattr(cfg, "decoder_init_norm", 1.0) / rows.norm(dim=(1, 2), keepdim=True)
+        self.encoder = nn.Parameter(rows.flatten(1).clone())
+        self.decoder = nn.Parameter(rows.flatten(1))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_dict, **options))
+        self.b_dec = nn.Parameter(torch.zeros(self.n_models, self.d_model, **options))
+        mean, scale = torch.zeros_like(self.b_dec), torch.ones(self.n_models, **options)
+        self.register_buffer("normaliser_mean", mean.detach())
+        self.register_buffer("normaliser_scale", scale)
+        self.register_buffer("threshold", torch.zeros((), **options))
+
+    # -- weights and their constraints
+
+    @property
+    def W_enc(self) -> Float[Tensor, "model d_model d_dict"]:
+        """Encoder weights, normalised units: a view of the parameter ``encoder``."""
+        return self._rows(self.encoder).permute(1, 2, 0)
+
+    @property
+    def W_dec(self) -> Rows:
+        """Decoder weights, normalised units: a view of the parameter ``decoder``."""
+        return self._rows(self.decoder)
+
+    def _rows(self, flat: Float[Tensor, "d_dict model*d_model"]) -> Rows:
+        return flat.unflatten(1, (self.n_models, self.d_model))
+
+    @property
+    def normaliser(self) -> Normaliser:
+        return Normaliser(self.normaliser_mean, self.normaliser_scale)
+
+    @normaliser.setter
+    def normaliser(self, value: Normaliser) -> None:
+        # New tensors, not copies into the old: a normaliser that was read before stays what it was.
+        self.normaliser_mean = value.mean.to(self.normaliser_mean, copy=True)
+        self.normaliser_scale = value.scale.to(self.normaliser_scale, copy=True)
+
+    def decoder_rows(
+        self, model: str | int, features: Any = slice(None)
+    ) -> Float[Tensor, "features d_model"]:
+        """``s_m * W_dec[features, m]``: what a unit of a feature adds to the stream, raw units."""
+        m = self.partition.model(model)
+        return (self.W_dec[features, m] * self.normaliser_scale[m]).detach()
+
+    @torch.no_grad()
+    def integrity(self) -> dict[str, float]:
+        """The largest forbidden weight and the largest gap between tied rows; all must be 0."""
+        found = {
+            "encoder": self.partition.largest_forbidden(self._rows(self.encoder)),
+            "decoder": self.partition.largest_forbidden(self._rows(self.decoder)),
+        }
+        if self.cfg.tie_shared:
+            tied = [self.W_dec[features] for features in self._tied()]
+            found["tied"] = max((float((r - r[:, :1]).abs().amax()) for r in tied), default=0.0)
+        return found
+
+    def check_integrity(self) -> None:
+        """Raises ``ValueError`` unless forbidden weights are 0 and tied rows equal, exactly."""
+        if broken := {name: value for name, value in self.integrity().items() if value != 0.0}:
+            raise ValueError(
+                f"the partition is violated (largest absolute value that must be 0: {broken}); "
+                f"the features are not in the order {list(self.partition.names)}, or the file is "
+                "damaged"
+            )
+
+    def _tied(self) -> list[slice]:
+        blocks = self.partition.shared_blocks if self.cfg.tie_shared else []
+        return [self.partition.slices[block.name] for block in blocks]
+
+    def _constrain_encoder_grad_(self, grad: Tensor) -> None:
+        self.partition.zero_forbidden_(self._rows(grad))
+
+    def _constrain_decoder_grad_(self, grad: Tensor) -> None:
+        rows = self.partition.zero_forbidden_(self._rows(grad))
+        for features in self._tied():  # one parameter in several places: each gets the whole sum
+            rows[features] = rows[features].sum(dim=1, keepdim=True)
+
+    def constrain_grads_(self) -> None:
+        """Apply the constraints to ``.grad``; for loops that fill it themselves (``in_place``)."""
+        self._constrain_encoder_grad_(self.encoder.grad)
+        self._constrain_decoder_grad_(self.decoder.grad)
+
+    @torch.no_grad()
+    def tie_(self) -> None:
+        """Copy model 0's rows of tied features to the other models.
+
+        Equal gradients keep them equal but for the rounding of the optimiser's last lane.
+        """
+        for features in self._tied():
+            self.W_dec[features, 1:] = self.W_dec[features, :1]
+
+    # -- encode and decode, raw units
+
+    def encode(
+        self,
+        x: Raw,
+        streams: Sequence[str | int] | None = None,
+        fill: Float[Tensor, "model d_model"] | None = None,
+    ) -> Code:
+        """Raw activations to features.
+
+        Args:
+            streams: the models to read from, by name or index (default: all). The others are set to
+                their mean, so ``["B"]`` is base-only encoding; ``x`` is not looked at for them.
+            fill: what replaces the other streams, raw units (default: the normaliser's mean).
+
+        Raises:
+            ValueError: ``x`` has another shape; or a mean is needed and the normaliser is the
+                identity, which knows none.
+        """
+        preactivations = self.preactivations(x, streams, fill)
+        pattern = self._select(preactivations.detach())
+        values = preactivations[pattern.sample, pattern.feature].relu()
+        return self.hook_sae_acts_post(pattern.dense(values))
+
+    def preactivations(
+        self,
+        x: Raw,
+        streams: Sequence[str | int] | None = None,
+        fill: Float[Tensor, "model d_model"] | None = None,
+    ) -> Code:
+        """What ``encode`` selects from, before ReLU and top-k. Arguments as there."""
+        z = self._encoder_input(self._normalise(x, streams, fill))
+        W_enc = _Constrained.apply(self.encoder, self._constrain_encoder_grad_)
+        return self.hook_sae_acts_pre(z @ W_enc.T + self.b_enc)
+
+    def decode(self, f: Code, blocks: str | Sequence[str] | None = None) -> Raw:
+        """Features to raw activations of all models.
+
+        Args:
+            blocks: use the features of these blocks only (``"shared"``, ``["A_exclusive"]``).
+        """
+        if blocks is not None:
+            keep = torch.zeros(self.d_dict, dtype=torch.bool, device=f.device)
+            for block in [blocks] if isinstance(blocks, str) else blocks:
+                keep[self.partition.slice(block)] = True
+            f = f * keep
+        W_dec = _Constrained.apply(self.decoder, self._constrain_decoder_grad_)
+        z = (f.to(self.dtype) @ W_dec).unflatten(1, (self.n_models, self.d_model)) + self.b_dec
+        return self.hook_sae_recons(self.normaliser.invert(z))
+
+    def reconstruct(
+        self,
+        x: Raw,
+        streams: Sequence[str | int] | None = None,
+        fill: Float[Tensor, "model d_model"] | None = None,
+        blocks: str | Sequence[str] | None = None,
+    ) -> Raw:
+        """``decode(encode(x))``, raw to raw. Arguments as in ``encode`` and ``decode``."""
+        return self.decode(self.encode(x, streams, fill), blocks)
+
+    def error(self, x: Raw) -> Raw:
+        """What the crosscoder leaves out: ``x - reconstruct(x)``, raw units."""
+        return x - self.reconstruct(x)
+
+    def forward(self, x: Raw) -> Raw:
+        return self.hook_sae_output(self.reconstruct(x))
+
+    def _normalise(self, x: Raw, streams=None, fill=None) -> Flat:
+        if x.ndim != 3 or x.shape[1:] != (self.n_models, self.d_model):
+            raise ValueError(
+                f"expected activations of shape (batch, {self.n_models}, {self.d_model}), got "
+                f"{tuple(x.shape)}"
+            )
+        x = x.to(self.encoder.device, self.dtype)  # wherever the cache was read to
+        if streams is not None:
+            read = {self.partition.model(stream) for stream in streams}
+            if fill is None and self.normaliser.is_identity:
+                raise ValueError(
+                    "the identity normaliser knows no mean for the streams that are left out: pass "
+                    "fill=, the mean raw activation of each model"
+                )
+            fill = (self.normaliser_mean if fill is None else fill).to(x).expand_as(x)
+            models = range(self.n_models)
+            x = torch.stack([(x if m in read else fill)[:, m] for m in models], dim=1)
+        return self.hook_sae_input(self.normaliser.apply(x).flatten(1))
+
+    def _encoder_input(self, z: Flat) -> Flat:
+        return z - self.b_dec.flatten() if self.cfg.apply_b_dec_to_input else z
+
+    def _select(self, preactivations: Code) -> kernels.Pattern:
+        if not self.cfg.batchtopk:
+            return kernels.top_k(preactivations, self.cfg.k)
+        if self._selects_by_batch and self.training:
+            return kernels.batch_top_k(preactivations, self.cfg.k)
+        return kernels.above(preactivations, float(self.threshold))
+
+    # -- loss
+
+    def loss(
+        self,
+        x: Raw,
+        shared_coef: float = 0.0,
+        exclusive_coef: float = 0.0,
+        variant: Variant = "published",
+        *,
+        dead: Bool[Tensor, " d_dict"] | None = None,
+        aux_coef: float = 0.0,
+        dense: bool = False,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
+        """``mse + shared_coef * l1_shared + exclusive_coef * l1_exclusive + aux_coef * aux``.
+
+        All means are over all elements, in normalised units (raw for the identity normaliser):
+
+        - ``mse``: mean of ``(z^ - z)**2`` over batch, models and dimensions.
+        - ``published`` (arXiv 2606.26474 and its code): ``l1_shared`` is the mean of the shared
+          features, ``l1_exclusive`` the average over models of the mean of *all* features that the
+          model has, so that shared features are penalised in both.
+        - ``exclusive_only``: ``l1_exclusive`` is the mean over the features that do not belong to
+          every model. In both terms a feature counts ``f_i * sum_m ||W_dec[i, m]||``, so that a
+          growing decoder cannot dodge the penalty.
+        - ``aux``: mean squared error of reconstructing the residual from the ``aux_k`` strongest
+          ``dead`` features (arXiv 2406.04093, A.2). No such term in ``published``.
+
+        Args:
+            dead: the features that have not fired for long.
+            dense: the dense reference instead of the sparse kernels; same value, same gradients.
+
+        Returns:
+            The total, and its four terms before weighting.
+        """
+        forward = self.forward_dense(x) if dense else self.forward_sparse(x)
+        terms = self.loss_terms(forward, variant, dead if aux_coef else None, dense=dense)
+        return weigh(terms, shared_coef, exclusive_coef, aux_coef), terms
+
+    def forward_sparse(self, x: Raw, in_place: bool = False) -> Forward:
+        """Forward pass that touches only active rows after the encoder's product.
+
+        Args:
+            in_place: add the weight gradients to existing ``.grad`` buffers in the backward pass,
+                after which ``constrain_grads_`` has to be called.
+        """
+        z = self._normalise(x)
+        z_in = self._encoder_input(z)
+        W_enc, W_dec, enc_buffer, dec_buffer = self._weights(in_place)
+        with torch.no_grad():
+            preactivations = torch.addmm(self.b_enc, z_in, self.encoder.T)
+            pattern = self._select(preactivations)
+        values = kernels.sparse_encode(z_in, W_enc, self.b_enc, preactivations, pattern, enc_buffer)
+        values = values.relu()
+        reconstruction = kernels.sparse_decode(values, W_dec, pattern, dec_buffer)
+        return Forward(z, reconstruction + self.b_dec.flatten(), preactivations, pattern, values)
+
+    def forward_dense(self, x: Raw) -> Forward:
+        """The reference: the same in ordinary dense products."""
+        z = self._normalise(x)
+        W_enc, W_dec, _, _ = self._weights(in_place=False)
+        preactivations = self._encoder_input(z) @ W_enc.T + self.b_enc
+        pattern = self._select(preactivations.detach())
+        values = preactivations[pattern.sample, pattern.feature].relu()
+        reconstruction = pattern.dense(values) @ W_dec + self.b_dec.flatten()
+        return Forward(z, reconstruction, preactivations.detach(), pattern, values)
+
+    def _weights(self, in_place: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        if in_place:
+            return self.encoder, self.decoder, self.encoder.grad, self.decoder.grad
+        encoder = _Constrained.apply(self.encoder, self._constrain_encoder_grad_)
+        return encoder, _Constrained.apply(self.decoder, self._constrain_decoder_grad_), None, None
+
+    def loss_terms(
+        self,
+        forward: Forward,
+        variant: Variant,
+        dead: Bool[Tensor, " d_dict"] | None = None,
+        *,
+        in_place: bool = False,
+        dense: bool = False,
+        skip: Iterable[str] = (),
+    ) -> dict[str, Scalar]:
+        """The terms of ``loss`` for a forward pass; those named in ``skip`` stay 0 (saves time)."""
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is unknown; use one of {VARIANTS}")
+        shared, blocks = self.partition.shared_blocks, self.partition.blocks
+        if variant == "published":
+            exclusive = [[b for b in blocks if m in b.models] for m in range(self.n_models)]
+        else:
+            exclusive = [[b for b in blocks if b not in shared]]
+
+        terms = {"mse": F.mse_loss(forward.reconstruction, forward.z)}
+        for name, groups in {"l1_shared": [shared], "l1_exclusive": exclusive}.items():
+            groups = [] if name in skip else groups
+            means = [self._mean_activation(forward, g, variant, in_place) for g in groups]
+            terms[name] = sum(means, forward.z.new_zeros(())) / max(1, len(means))
+        terms["aux"] = forward.z.new_zeros(())
+        if dead is not None and variant != "published" and "aux" not in skip:
+            terms["aux"] = self._aux_loss(forward, dead, in_place, dense)
+        return terms
+
+    def _mean_activation(
+        self, forward: Forward, blocks: list[Block], variant: Variant, in_place: bool
+    ) -> Scalar:
+        """Mean over batch and features of the (weighted) activations of some blocks."""
+        weight = forward.z.new_zeros(self.d_dict)
+        for block in blocks:
+            features = self.partition.slices[block.name]
+            if variant == "published":
+                weight[features] = 1.0
+            else:
+                _, W_dec, _, buffer = self._weights(in_place)
+                weight[features] = kernels.summed_row_norms(W_dec, features, self.n_models, buffer)
+        total = (forward.activations * weight[forward.pattern.feature]).sum()
+        return total / max(1, len(forward.z) * sum(block.size for block in blocks))
+
+    def _aux_loss(self, forward: Forward, dead: Tensor, in_place: bool, dense: bool) -> Scalar:
+        candidates = dead.nonzero().squeeze(-1)
+        if candidates.numel() == 0:
+            return forward.z.new_zeros(())
+        wanted = getattr(self.cfg, "aux_k", 0) or 2 * self.cfg.k
+        chosen = kernels.top_k(
+            forward.preactivations[:, candidates], min(wanted, candidates.numel())
+        )
+        pattern = kernels.Pattern(chosen.starts, candidates[chosen.feature], self.d_dict)
+        W_enc, W_dec, enc_buffer, dec_buffer = self._weights(in_place)
+        z_in = self._encoder_input(forward.z)
+        if dense:
+            values = (z_in @ W_enc.T + self.b_enc)[pattern.sample, pattern.feature].relu()
+            explained = pattern.dense(values) @ W_dec
+        else:
+            values = kernels.sparse_encode(
+                z_in, W_enc, self.b_enc, forward.preactivations, pattern, enc_buffer
+            )
+            explained = kernels.sparse_decode(values.relu(), W_dec, pattern, dec_buffer)
+        residual = (forward.z - forward.reconstruction).detach()
+        # A few dead features cannot explain much of the residual: pull at them more gently.
+        return F.mse_loss(explained, residual) * min(candidates.numel() / wanted, 1.0)
+
+    @torch.no_grad()
+    def update_threshold_(self, forward: Forward, rate: float) -> None:
+        """BatchTopK: move the threshold towards the smallest activation that was selected."""
+        positive = forward.activations[forward.activations > 0]
+        if self.cfg.batchtopk and positive.numel():
+            moved = self.threshold.lerp(positive.min(), rate)
+            self.threshold.copy_(torch.where(self.threshold > 0, moved, positive.min()))
+
+    # -- disk
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the inference checkpoint: ``sae_weights.safetensors`` and ``cfg.json``.
+
+        Never half written: each file is replaced at once, the configuration last.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        is_training = isinstance(self.cfg, TrainingSAEConfig)
+        config = self.cfg.get_inference_sae_cfg_dict() if is_training else self.cfg.to_dict()
+        config["device"] = "cpu"  # where it was trained says nothing about where it will be used
+        save_tensors(self.state_dict(), directory / SAE_WEIGHTS_FILENAME)
+        write_atomically(directory / SAE_CFG_FILENAME, json.dumps(config, indent=2) + "\n")
+        return directory
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Tensor]) -> None:
+        """Called by every SAELens loader: refuse what is not whole and intact."""
+        for name in ("normaliser_mean", "normaliser_scale"):
+            if name not in state_dict:
+                raise ValueError(
+                    f"the checkpoint has no {name}: it does not say in which scale it was trained, "
+                    "so its features would be wrong. Train it again; for a "
+                    "published checkpoint use load_published, which attaches the identity"
+                )
+        for name, expected in self.state_dict().items():
+            if name not in state_dict:
+                raise ValueError(f"the checkpoint has no {name}, it is not a whole {ARCHITECTURE}")
+            found = state_dict[name]
+            if found.shape != expected.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(found.shape)}, {SAE_CFG_FILENAME} asks for "
+                    f"{tuple(expected.shape)}"
+                )
+            if not bool(torch.isfinite(found).all()):
+                raise ValueError(f"{name} contains NaN or infinity")
+        for name in ("encoder", "decoder"):
+            if largest := self.partition.largest_forbidden(self._rows(state_dict[name])):
+                raise ValueError(f"{name} violates the partition: a forbidden weight is {largest}")
+
+    # -- what SAELens offers for SAEs and a crosscoder cannot
+
+    def fold_W_dec_norm(self) -> None:
+        raise NotImplementedError("rescaling features would change which are among the top k")
+
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        raise NotImplementedError("the scale of each model is in crosscoder.normaliser")
+
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("the scale of each model is in crosscoder.normaliser")
+
+    def get_W_dec_norm(self) -> Float[Tensor, " d_dict"]:
+        """Norm of each feature's decoder row over all models together."""
+        return self.decoder.detach().norm(dim=-1).clamp(min=1e-8)
+
+
+class Crosscoder(_CrosscoderCore, SAE[CrosscoderConfig]):
+    """A trained crosscoder: from ``checkpoint`` or ``training``."""
+
+    config_class = CrosscoderConfig
+
+
+class TrainingCrosscoder(_CrosscoderCore, TrainingSAE[TrainingCrosscoderConfig]):
+    """A crosscoder in training: by ``training`` (fast) or by SAELens' ``SAETrainer``."""
+
+    config_class = TrainingCrosscoderConfig
+    _selects_by_batch = True
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """For SAELens' trainer; ``step_input.sae_in`` is raw, ``(batch, n_models * d_model)``."""
+        cfg = self.cfg
+        forward = self.forward_sparse(step_input.sae_in.unflatten(1, (self.n_models, self.d_model)))
+        dead = step_input.dead_neuron_mask if cfg.aux_coef else None
+        terms = self.loss_terms(forward, cfg.variant, dead)
+        self.update_threshold_(forward, cfg.threshold_rate)
+        return TrainStepOutput(
+            sae_in=forward.z,
+            sae_out=forward.reconstruction,
+            feature_acts=forward.pattern.dense(forward.activations),
+            hidden_pre=forward.preactivations,
+            loss=weigh(terms, cfg.shared_coef, cfg.exclusive_coef, cfg.aux_coef),
+            losses=terms,
+        )
+
+    def encode_with_hidden_pre(self, x: Flat) -> tuple[Code, Code]:
+        """SAELens' signature: features and pre-activations of flattened raw activations."""
+        preactivations = self.preactivations(x.unflatten(1, (self.n_models, self.d_model)))
+        pattern = self._select(preactivations.detach())
+        values = preactivations[pattern.sample, pattern.feature].relu()
+        return self.hook_sae_acts_post(pattern.dense(values)), preactivations
+
+    def calculate_aux_loss(self, step_input, feature_acts, hidden_pre, sae_out) -> dict:
+        raise NotImplementedError("a crosscoder's losses are computed together, in loss_terms")
+
+    def get_coefficients(self) -> dict[str, float]:
+        return {}
+
+
+def weigh(
+    terms: dict[str, Scalar], shared_coef: float, exclusive_coef: float, aux_coef: float
+) -> Scalar:
+    """The total loss from its terms."""
+    penalties = shared_coef * terms["l1_shared"] + exclusive_coef * terms["l1_exclusive"]
+    return terms["mse"] + penalties + aux_coef * terms["aux"]
+
+
+# A notebook's autoreload executes this module again; SAELens refuses to register a name twice.
+SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)
+SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)
+register_sae_class(ARCHITECTURE, Crosscoder, CrosscoderConfig)
+register_sae_training_class(ARCHITECTURE, TrainingCrosscoder, TrainingCrosscoderConfig)

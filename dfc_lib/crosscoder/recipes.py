@@ -1,0 +1,105 @@
+"""The crosscoders that the notebooks share."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import pandas as pd
+
+from dfc_lib import paths
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Partition
+from dfc_lib.crosscoder.training import TrainConfig, get_or_train, load_metrics, run_directory
+from dfc_lib.data.activations import Activations
+from dfc_lib.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The crosscoders that the notebooks share: a protocol, trained on one of the caches of 01.
+
+    >>> reference = Reference(profiles.get("toy"))
+    >>> dfc = reference.get(seed=0)  # trained the first time, loaded from then on
+    >>> tied = Reference(profiles.get("toy"), tie_shared=True).get(seed=0)
+
+    Attributes:
+        profile: sets the sizes and the budget.
+        protocol: ``calibrated``, a stored Normaliser, the exclusive-only penalty and the auxiliary
+            loss; or ``published`` (arXiv 2606.26474), z-scores per dataset and model that are not
+            stored, the published loss and no auxiliary term.
+        vectors: which cache it learns from: ``all`` token positions but the first, or the ``last``
+            token of each text; by default ``all`` when calibrated and ``last`` when published.
+        partition: by default a DFC with the profile's exclusive share.
+        tie_shared: one decoder row per shared feature for both models.
+        exclusive_coef: penalty on the exclusive features.
+    """
+
+    profile: Profile
+    protocol: Literal["calibrated", "published"] = "calibrated"
+    vectors: Literal["all", "last", ""] = ""
+    partition: Partition | None = None
+    tie_shared: bool = False
+    exclusive_coef: float = 0.0
+
+    def __post_init__(self):
+        if self.protocol not in ("calibrated", "published"):
+            raise ValueError(f"protocol={self.protocol!r}: 'calibrated' or 'published'")
+        if self.vectors not in ("all", "last", ""):
+            raise ValueError(f"vectors={self.vectors!r}: 'all' or 'last'")
+
+    @cached_property
+    def activations(self) -> Activations:
+        """The cache it learns from."""
+        vectors = self.vectors or ("all" if self.protocol == "calibrated" else "last")
+        return Activations.open(paths.build(self.profile.name, "activations", f"train_{vectors}"))
+
+    def config(self, seed: int = 0) -> TrainConfig:
+        """The configuration of one run."""
+        p, published = self.profile, self.protocol == "published"
+        return TrainConfig(
+            self.partition or Partition.dedicated(p.dict_size, p.exclusive_share),
+            k=p.k,
+            steps=p.steps,
+            batch_size=p.batch_size,
+            lr=p.learning_rate,
+            tie_shared=self.tie_shared,
+            exclusive_coef=self.exclusive_coef,
+            variant="published" if published else "exclusive_only",
+            aux_coef=0.0 if published else TrainConfig.aux_coef,
+            normalise="zscore_unstored" if published else "per_model_scalar",
+            device=p.device,
+            seed=seed,
+        )
+
+    def get(self, seed: int = 0, progress: bool = True) -> Crosscoder:
+        """The crosscoder of a seed, by ``get_or_train``."""
+        labels = None
+        if self.protocol == "published":
+            labels = self.activations.rows["source"].factorize(sort=True)[0]
+        return get_or_train(
+            self.config(seed),
+            self.activations,
+            paths.build(self.profile.name),
+            self.activations.key,
+            labels=labels,
+            progress=progress,
+        )
+
+    def metrics(self, seed: int = 0) -> pd.DataFrame:
+        """What ``load_metrics`` gives for the run of a seed."""
+        build = paths.build(self.profile.name)
+        return load_metrics(run_directory(self.config(seed), build, self.activations.key))
+
+
+def references(profile: Profile) -> dict[str, Reference]:
+    """The DFCs that the notebooks compare, by name: what they learn from, and whether the shared
+    decoder rows are tied; and the published recipe.
+    """
+    variants = {
+        f"{vectors} {'tied' if tied else 'untied'}": Reference(
+            profile, vectors=vectors, tie_shared=tied
+        )
+        for vectors in ("all", "last")
+        for tied in (False, True)
+    }
+    return variants | {"published": Reference(profile, "published")}

@@ -1,0 +1,581 @@
+"""Residual-stream activations of all models of a pair on the same tokens: cached, read, linted.
+
+The forward pass stops at the site, so no block above it is computed. Sequences are bucketed by
+length and padded on the *right*: under a causal mask no token sees what follows it, so the values
+are those of the unpadded sequence and attention needs no mask. Vectors go to sharded safetensors,
+one series of shards per model; a killed run goes on after its last finished shard.
+
+A cache directory holds::
+
+    manifest.json        what is cached (key, models, layer, ...) and each shard's rows and SHA-256
+    rows.parquet         one line per vector: sequence, position, token, and what ``meta`` says
+    tokens.safetensors   the token ids themselves
+    A-00000.safetensors  "h": (rows of this shard, d_model)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dfc_lib.data.pair import Pair, fingerprint, in_chunks, sha256
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANIFEST, ROWS, TOKENS = "manifest.json", "rows.parquet", "tokens.safetensors"
+
+
+class CacheError(RuntimeError):
+    """A cache is missing, unfinished, damaged or not the one meant; says which file, what to do."""
+
+
+class _SiteReached(Exception):
+    """Raised by the hook at the site to leave the forward pass; carries the residual."""
+
+
+@torch.no_grad()
+def last_token_by_layer(
+    model: nn.Module, ids: Int[Tensor, "sequence token"]
+) -> Float[Tensor, "layer sequence d_model"]:
+    """Residual stream at the last position after every block, in one pass, the model's dtype."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output)[:, -1])
+
+    hooks = [block.register_forward_hook(keep) for block in model.model.layers]
+    try:
+        model.model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def residual(
+    model: nn.Module,
+    layer: int,
+    ids: Int[Tensor, "sequence token"],
+    attention_mask: Int[Tensor, "sequence token"] | None = None,
+) -> Float[Tensor, "sequence token d_model"]:
+    """Residual stream after block ``layer`` (from 0), the model's dtype; nothing above it is run.
+
+    Equal, bit for bit, to ``model(ids, output_hidden_states=True).hidden_states[layer + 1]`` (below
+    the last block, whose entry there is normalised).
+    """
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        error = _SiteReached()
+        error.value = output[0] if isinstance(output, tuple) else output
+        raise error
+
+    hook = model.model.layers[layer].register_forward_hook(leave)
+    try:
+        model.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+    except _SiteReached as reached:
+        return reached.value
+    finally:
+        hook.remove()
+    raise AssertionError("the model's forward pass did not go through its own block")
+
+
+# ---------------------------------------------------------------------------------------------
+# writing
+
+
+def cache(
+    pair: Pair,
+    sequences: Sequence[Sequence[int]],
+    out_dir: str | Path,
+    positions: Literal["last", "all"] = "last",
+    batch_size: int = 32,
+    dtype: torch.dtype | None = None,
+    meta: pd.DataFrame | Mapping[str, Sequence[Any]] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    rows_per_shard: int = 65_536,
+    published_index: bool = False,
+    progress: bool = True,
+) -> Activations:
+    """Cache the residual at ``pair.layer`` of every model on every sequence, and open the result.
+
+    Args:
+        sequences: token ids, one list each; the same ids go through every model.
+        positions: ``"last"`` token of each sequence, or ``"all"`` tokens but the first (whose
+            residual is an attention sink, the same for any text).
+        batch_size: sequences per forward pass; halved by itself when memory runs out.
+        dtype: in which vectors are stored; default: the dtype that the models run in.
+        meta: one entry per sequence and column, e.g. ``split``, ``label``; copied to each row.
+        device: move each model here for its turn and back afterwards, for models that do not fit
+            together. Default: run each where it is.
+        published_index: pick the last token as the S1 code does, at ``attention_mask.sum() - 1`` of
+            *left*-padded batches taken in the given order: right for the longest text of a batch,
+            too early or on padding for the others. For the ladder between the protocols only.
+
+    A killed run is taken up by the same call: finished shards whose checksum holds are kept. Raises
+    :class:`CacheError` where ``out_dir`` holds another cache.
+    """
+    from tqdm.auto import tqdm
+
+    if positions not in ("last", "all"):
+        raise ValueError(f'positions={positions!r}: must be "last" or "all".')
+    if published_index and positions != "last":
+        raise ValueError('published_index=True goes with positions="last" only.')
+    out_dir, tokens = Path(out_dir), Tokens.of(sequences, at_least=1 if positions == "last" else 2)
+    width = batch_size if published_index else 0
+    dtype = dtype or next(next(iter(pair.models.values())).parameters()).dtype
+    rows = _row_table(tokens, positions, meta, width)
+    manifest = {
+        "models": {name: fingerprint(model) for name, model in pair.models.items()},
+        "layer": pair.layer,
+        "d_model": pair.d_model,
+        "positions": positions,
+        "published_batches_of": width,
+        "dtype": str(dtype).removeprefix("torch."),
+        "n": len(rows),
+        "content": _content(tokens, meta),
+    }
+    manifest["key"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
+    manifest["shards"] = [
+        {"file": f"{name}-{i:05d}.safetensors", "model": name, "rows": list(bounds), "sha256": None}
+        for name in pair.models
+        for i, bounds in enumerate(_shard_bounds(rows, rows_per_shard, width))
+    ]
+    _take_over_finished(manifest, out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _replace(out_dir / TOKENS, tokens.save)
+    _replace(out_dir / ROWS, lambda path: rows.to_parquet(path, index=False))
+    manifest["sha256"] = {name: sha256(out_dir / name) for name in (TOKENS, ROWS)}
+    _write_manifest(manifest, out_dir)
+
+    total = len(rows) * len(pair.models)
+    with tqdm(total=total, unit=" vectors", disable=not progress, dynamic_ncols=True) as bar:
+        for name, model in pair.models.items():
+            home = next(model.parameters()).device
+            for shard in (s for s in manifest["shards"] if s["model"] == name):
+                start, stop = shard["rows"]
+                if shard["sha256"] is not None:
+                    bar.update(stop - start)
+                    continue
+                model.to(device or home)
+                h = _vectors(pair, model, tokens, rows.iloc[start:stop], batch_size, width, bar)
+                path = out_dir / shard["file"]
+                _replace(path, lambda partial, h=h: save_file({"h": h.to(dtype)}, partial))
+                shard["sha256"], shard["bytes"] = sha256(path), path.stat().st_size
+                _write_manifest(manifest, out_dir)
+            model.to(home)
+    return Activations.open(out_dir, check=False)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many sequences, one after the other, as ``tokens.safetensors`` holds them."""
+
+    ids: np.ndarray  # (tokens,) int32
+    offsets: np.ndarray  # (sequences + 1,) int64
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]], at_least: int = 0) -> Tokens:
+        lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+        if len(lengths) == 0:
+            raise ValueError("sequences: empty, there is nothing to cache.")
+        if lengths.min() < at_least:
+            i = int(lengths.argmin())
+            raise ValueError(f"sequences[{i}] has {lengths[i]} tokens; at least {at_least} needed.")
+        ids = np.concatenate([np.asarray(s, dtype=np.int32) for s in sequences])
+        return Tokens(ids, np.concatenate([[0], lengths.cumsum()]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.ids[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def prefix_hashes(self) -> np.ndarray:
+        """(tokens,) uint64: equal where two tokens end the same prefix, that is, where a causal
+        model must give both the same vector. Multilinear in the ids, modulo 2**64."""
+        odd = (
+            np.random.default_rng(0).integers(0, 2**63, self.lengths.max(), dtype=np.uint64) * 2 + 1
+        )
+        position = np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], self.lengths)
+        running = np.cumsum((self.ids.astype(np.uint64) + 1) * odd[position], dtype=np.uint64)
+        before = np.concatenate([[np.uint64(0)], running])[self.offsets[:-1]]
+        return running - np.repeat(before, self.lengths)
+
+    def save(self, path: Path) -> None:
+        save_file(
+            {"ids": torch.from_numpy(self.ids), "offsets": torch.from_numpy(self.offsets)}, path
+        )
+
+
+def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) -> pd.DataFrame:
+    """One line per vector: sequence, position in it (negative: on padding), token id, meta."""
+    import pandas as pd
+
+    n = tokens.lengths
+    if positions == "last":
+        sequence, position = np.arange(len(tokens)), n - 1
+        if published_batch:
+            longest = np.repeat(
+                np.maximum.reduceat(n, np.arange(0, len(n), published_batch)), published_batch
+            )[: len(n)]
+            position = (n - 1) - (longest - n)
+    else:
+        sequence = np.repeat(np.arange(len(tokens)), n - 1)
+        position = np.concatenate([np.arange(1, length) for length in n])
+    at = tokens.offsets[sequence] + np.maximum(position, 0)
+    token = np.where(position >= 0, tokens.ids[at], -1)
+    table = pd.DataFrame({"sequence": sequence, "position": position, "token": token})
+    if meta is None:
+        return table
+    meta = pd.DataFrame(meta).reset_index(drop=True)
+    if len(meta) != len(tokens):
+        raise ValueError(f"meta has {len(meta)} entries for {len(tokens)} sequences.")
+    if clash := set(meta.columns) & set(table.columns):
+        raise ValueError(f"meta: the column names {sorted(clash)} are taken.")
+    return pd.concat([table, meta.iloc[sequence].reset_index(drop=True)], axis=1)
+
+
+def _content(tokens: Tokens, meta: Any) -> str:
+    import pandas as pd
+
+    digest = hashlib.sha256(tokens.ids.tobytes() + tokens.offsets.tobytes())
+    digest.update(b"" if meta is None else pd.DataFrame(meta).to_csv(index=False).encode())
+    return digest.hexdigest()
+
+
+def _shard_bounds(rows: pd.DataFrame, per_shard: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about ``per_shard`` rows that split no sequence (nor any published batch)."""
+    if batch:
+        per_shard = max(batch, per_shard // batch * batch)
+    sequence = rows["sequence"].to_numpy()
+    start = 0
+    while start < len(rows):
+        stop = min(start + per_shard, len(rows))
+        if stop < len(rows) and sequence[stop] == sequence[stop - 1]:
+            begins = int(np.searchsorted(sequence, sequence[stop]))
+            stop = (
+                begins
+                if begins > start
+                else int(np.searchsorted(sequence, sequence[stop], "right"))
+            )
+        yield start, stop
+        start = stop
+
+
+def _vectors(
+    pair: Pair,
+    model: nn.Module,
+    tokens: Tokens,
+    rows: pd.DataFrame,
+    batch_size: int,
+    published_batch: int,
+    bar: Any,
+) -> Float[Tensor, "row d_model"]:
+    """One model's vectors for ``rows`` (whole sequences), in their order, on the CPU."""
+    parameter = next(model.parameters())
+    out = torch.empty(len(rows), pair.d_model, dtype=parameter.dtype)
+    sequence, first = np.unique(rows["sequence"].to_numpy(), return_index=True)
+    spans = [slice(a, b) for a, b in zip(first, [*first[1:], len(rows)], strict=True)]
+    position = torch.from_numpy(rows["position"].to_numpy(copy=True))
+
+    def run(items: Sequence[int], left: bool = False) -> None:
+        texts = [torch.from_numpy(tokens[sequence[i]]).long() for i in items]
+        side = "left" if left else "right"
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side=side)
+        mask = None
+        if left:
+            mask = nn.utils.rnn.pad_sequence(
+                [torch.ones_like(t) for t in texts], batch_first=True, padding_side=side
+            ).to(parameter.device)
+        h = residual(model, pair.layer, ids.to(parameter.device), mask)
+        for vectors, text, i in zip(h, texts, items, strict=True):
+            offset = ids.shape[1] - len(text) if left else 0
+            out[spans[i]] = vectors[(position[spans[i]] + offset).to(h.device)].to("cpu")
+            bar.update(spans[i].stop - spans[i].start)
+
+    if published_batch:
+        for start in range(0, len(spans), published_batch):
+            run(range(start, min(start + published_batch, len(spans))), left=True)
+    else:  # like lengths together; the longest first, so that memory runs short early or never
+        order = sorted(range(len(spans)), key=lambda i: -len(tokens[sequence[i]]))
+        for _ in in_chunks(order, lambda _: 1, batch_size, lambda items, _: run(items)):
+            pass
+    return out
+
+
+def _take_over_finished(manifest: dict, out_dir: Path) -> None:
+    """Mark as done what an earlier run of the same cache has finished, after checking it."""
+    if not (out_dir / MANIFEST).exists():
+        return
+    earlier = _read_manifest(out_dir)
+    if earlier["key"] != manifest["key"]:
+        different = [
+            k for k in manifest if k not in ("key", "shards") and earlier.get(k) != manifest[k]
+        ]
+        raise CacheError(
+            f"{out_dir}: holds another cache (it differs in {', '.join(different)}). Give another "
+            "folder, or delete this one."
+        )
+    finished = {(s["file"], *s["rows"]): s for s in earlier["shards"] if s["sha256"]}
+    for shard in manifest["shards"]:
+        old = finished.get((shard["file"], *shard["rows"]))
+        path = out_dir / shard["file"]
+        if old and path.is_file() and sha256(path) == old["sha256"]:
+            shard.update(old)
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Write under a temporary name in the same folder, then rename: never half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _write_manifest(manifest: dict, out_dir: Path) -> None:
+    text = json.dumps(manifest, indent=1)
+    _replace(out_dir / MANIFEST, lambda path: path.write_text(text))
+
+
+def _read_manifest(out_dir: Path) -> dict:
+    path = out_dir / MANIFEST
+    if not path.is_file():
+        raise CacheError(
+            f"{path}: missing, so this is no cache. Make it with activations.cache(...)."
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CacheError(f"{path}: damaged ({error}). Delete {out_dir} and cache again.") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# reading
+
+
+@dataclass(frozen=True)
+class Activations:
+    """A finished cache, memory-mapped: opening reads no vector until one is asked for.
+
+    ``rows`` is a DataFrame with one line per vector; ``tokens[i]`` the ids of sequence ``i``;
+    ``key`` 16 hex digits that name the content (models, layer, tokens, rows, dtype).
+    """
+
+    directory: Path
+    key: str
+    names: tuple[str, ...]
+    layer: int
+    d_model: int
+    positions: str
+    rows: pd.DataFrame
+    tokens: Tokens
+    _shards: tuple[tuple[Tensor, ...], ...]  # [model][shard], memory-mapped
+    _starts: tuple[int, ...]  # first row of each shard
+
+    @staticmethod
+    def open(directory: str | Path, check: bool = True) -> Activations:
+        """Open a cache. ``check`` compares every shard with its SHA-256 (about 1 s per GB); sizes
+        are always compared. Raises :class:`CacheError` naming the file and the remedy."""
+        import pandas as pd
+
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        redo = "Run the same activations.cache(...) again: it redoes this and keeps the rest."
+        for shard in manifest["shards"]:
+            path = directory / shard["file"]
+            if shard["sha256"] is None:
+                raise CacheError(f"{path}: not finished, its run was interrupted. {redo}")
+            if not path.is_file():
+                raise CacheError(f"{path}: missing. {redo}")
+            if path.stat().st_size != shard["bytes"]:
+                size = f"{path.stat().st_size:,} of {shard['bytes']:,} bytes"
+                raise CacheError(f"{path}: truncated ({size}). {redo}")
+            if check and sha256(path) != shard["sha256"]:
+                raise CacheError(f"{path}: altered (its SHA-256 differs). {redo}")
+        for name, digest in manifest["sha256"].items():
+            path = directory / name
+            if not path.is_file() or sha256(path) != digest:
+                raise CacheError(f"{path}: missing or altered. {redo}")
+        rows, arrays = pd.read_parquet(directory / ROWS), _mapped(directory / TOKENS)
+        tokens = Tokens(arrays["ids"].numpy(), arrays["offsets"].numpy())
+        names = tuple(manifest["models"])
+        shards = [[s for s in manifest["shards"] if s["model"] == name] for name in names]
+        return Activations(
+            directory=directory,
+            key=manifest["key"],
+            names=names,
+            layer=manifest["layer"],
+            d_model=manifest["d_model"],
+            positions=manifest["positions"],
+            rows=rows,
+            tokens=tokens,
+            _shards=tuple(
+                tuple(_mapped(directory / s["file"])["h"] for s in of_model) for of_model in shards
+            ),
+            _starts=tuple(s["rows"][0] for s in shards[0]),
+        )
+
+    @property
+    def n(self) -> int:
+        """Number of vectors (per model)."""
+        return len(self.rows)
+
+    def where(self, **conditions: Any) -> Int[Tensor, " row"]:
+        """Indices of the rows whose columns equal the given values: ``where(split="ranking")``."""
+        keep = np.ones(self.n, dtype=bool)
+        for column, value in conditions.items():
+            if column not in self.rows:
+                raise ValueError(f"no column {column!r}; there are {', '.join(self.rows.columns)}.")
+            keep &= (self.rows[column] == value).to_numpy()
+        return torch.from_numpy(np.flatnonzero(keep))
+
+    def gather(
+        self, indices: Int[Tensor, " row"] | Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "row model d_model"]:
+        """The vectors at ``indices``, of all models, in that order."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.n:
+            raise IndexError(f"indices must lie in 0..{self.n - 1}.")
+        out = torch.empty(len(indices), len(self.names), self.d_model, dtype=dtype)
+        starts = torch.tensor(self._starts)
+        shard = torch.searchsorted(starts, indices, right=True) - 1
+        for s in shard.unique().tolist():
+            here = (shard == s).nonzero()[:, 0]
+            local = indices[here] - starts[s]
+            for m, of_model in enumerate(self._shards):
+                out[here, m] = of_model[s][local].to(dtype)
+        return out
+
+    def to_tensor(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row model d_model"]:
+        """All vectors, in memory."""
+        return torch.stack([torch.cat(s).to(dtype) for s in self._shards], dim=1)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:  # its tensors are views of the mapped file
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+# ---------------------------------------------------------------------------------------------
+# linting
+
+
+def lint(
+    acts: Activations,
+    pair: Pair | None = None,
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    split: str = "split",
+    sample: int = 32,
+    seed: int = 0,
+    tolerance: float | None = None,
+    max_passes: float = 20.0,
+    max_duplicates: float | None = None,
+) -> pd.DataFrame:
+    """What a cache should be checked for before anything is trained on it.
+
+    Returns one line per check: ``check``, ``passed``, ``value``, ``limit``, ``meaning``.
+
+    - *last token*: every row of a ``"last"`` cache stands on its sequence's last token.
+    - *token ids*: each row's token id is the one at that position.
+    - *from scratch* (needs ``pair``): ``sample`` rows recomputed one sequence at a time, without
+      batch or padding, from the last (or stated) token; largest ||difference|| / ||vector||. The
+      ``tolerance`` is 0.1 % by default, and 5 % in 16 bits, where batches of another size round
+      otherwise.
+    - *non-finite*: vectors with NaN or infinity.
+    - *duplicate vectors*: share of rows that repeat another's token prefix, and so its vector (not
+      counted on the vectors, which rounding makes differ between batches). ``max_duplicates`` is
+      1 % by default for ``"last"``, 50 % for ``"all"``, where texts share their first tokens.
+    - *duplicate sequences*: sequences that occur more than once.
+    - *split overlap*: sequences that occur in more than one value of the column ``split``.
+    - *passes* (needs ``steps`` and ``batch_size``): how often training sees each unique vector;
+      S1's 9,000 steps of 1,024 on 80,000 vectors are 115.
+    """
+    import pandas as pd
+
+    last = acts.positions == "last"
+    rows, tokens = acts.rows, acts.tokens
+    sequence, position = rows["sequence"].to_numpy(), rows["position"].to_numpy()
+    at = tokens.offsets[sequence] + np.maximum(position, 0)
+    hashes = tokens.prefix_hashes()
+    whole = hashes[tokens.offsets[1:] - 1]  # one per sequence
+    unique = len(np.unique(hashes[at]))
+    out: list[dict[str, Any]] = []
+
+    def check(name: str, value: float, limit: float, meaning: str) -> None:
+        passed = bool(value <= limit)
+        out.append(
+            {"check": name, "passed": passed, "value": value, "limit": limit, "meaning": meaning}
+        )
+
+    if last:
+        wrong = int((position != tokens.lengths[sequence] - 1).sum())
+        check("last token", wrong, 0, "rows that do not stand on the last prompt token")
+    wrong = int((np.where(position >= 0, tokens.ids[at], -1) != rows["token"].to_numpy()).sum())
+    check("token ids", wrong + int((position < 0).sum()), 0, "rows on padding or on another token")
+    if pair is not None:
+        worst = _from_scratch(acts, pair, sample, seed)
+        rounds = any(h.element_size() < 4 for shards in acts._shards for h in shards)
+        limit = (5e-2 if rounds else 1e-3) if tolerance is None else tolerance
+        check("from scratch", worst, limit, f"largest relative error of {sample} recomputed rows")
+    bad = sum(int((~torch.isfinite(h)).any(1).sum()) for shards in acts._shards for h in shards)
+    check("non-finite", bad, 0, "vectors with NaN or infinity")
+    limit = (0.01 if last else 0.5) if max_duplicates is None else max_duplicates
+    check("duplicate vectors", 1 - unique / acts.n, limit, "share of rows that repeat another")
+    repeated = len(whole) - len(np.unique(whole))
+    check(
+        "duplicate sequences",
+        repeated / len(whole),
+        limit,
+        "share of sequences that repeat another",
+    )
+    if split in rows:
+        pairs = pd.DataFrame({"text": whole[sequence], "split": rows[split].astype(str).to_numpy()})
+        splits = pairs.drop_duplicates().groupby("text").size()
+        check("split overlap", int((splits > 1).sum()), 0, "sequences that are in several splits")
+    if steps is not None and batch_size is not None:
+        passes = steps * batch_size / unique
+        check("passes", passes, max_passes, "times that training sees each unique vector")
+    return pd.DataFrame(out)
+
+
+def _from_scratch(acts: Activations, pair: Pair, sample: int, seed: int) -> float:
+    """Largest ||cached - recomputed|| / ||recomputed|| over sampled rows and all models.
+
+    For a "last" cache the recomputed vector is the *last* token's, whatever the row table says.
+    """
+    if pair.names != acts.names or pair.layer != acts.layer:
+        raise CacheError(
+            f"{acts.directory}: made with models {acts.names} at layer {acts.layer}, not "
+            f"{pair.names} at {pair.layer}."
+        )
+    index = np.random.default_rng(seed).choice(acts.n, min(sample, acts.n), replace=False)
+    cached, worst = acts.gather(index), 0.0
+    for vectors, i in zip(cached, index, strict=True):
+        row = acts.rows.iloc[i]
+        ids = torch.from_numpy(acts.tokens[row["sequence"]]).long()[None]
+        at = -1 if acts.positions == "last" else row["position"]
+        for vector, model in zip(vectors, pair.models.values(), strict=True):
+            h = residual(model, acts.layer, ids.to(next(model.parameters()).device))[0, at]
+            h = h.float().cpu()
+            worst = max(worst, float((vector - h).norm() / h.norm()))
+    return worst

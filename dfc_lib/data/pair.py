@@ -1,0 +1,406 @@
+"""The pair under study: a tuned model A, a base model B, one tokenizer, one layer.
+
+Every later step reads and writes at one *site*: the residual stream after block ``layer`` (counted
+from 0). In Hugging Face's outputs this is ``hidden_states[layer + 1]`` (for every block but the
+last, whose entry HF normalises), in TransformerLens' names ``blocks.{layer}.hook_out``.
+
+Models are plain Hugging Face decoders (Qwen2, Llama and alike: ``model.model.layers``); the same
+loader serves the embedded pair and ``Qwen/Qwen2.5-3B``. Weights are safetensors only and no code
+from a model repository is ever run.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from dfc_lib.paths import DOWNLOADS, downloaded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUMS = "SHA256SUMS"
+T = TypeVar("T")
+
+
+class PairError(RuntimeError):
+    """A model folder or file is missing, damaged or does not fit; the message says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(directory: str | Path) -> Path:
+    """Write ``SHA256SUMS`` (the format of ``sha256sum``) over every file below ``directory``."""
+    directory = Path(directory)
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
+    lines = [f"{sha256(p)}  {p.relative_to(directory).as_posix()}\n" for p in files]
+    partial = directory / f".{SUMS}.partial"
+    partial.write_text("".join(lines))
+    os.replace(partial, directory / SUMS)
+    return directory / SUMS
+
+
+def verify(directory: str | Path, *, only: str | Path | None = None) -> int:
+    """Check the files of ``directory`` against its ``SHA256SUMS``; return how many were checked.
+
+    ``only`` restricts the check to one sub-folder. Raises :class:`PairError` naming every file that
+    is missing, truncated or altered, with the remedy.
+    """
+    directory = Path(directory)
+    remedy = (
+        f"Restore the files with `git checkout -- {_shown(directory)}`, or remake them with "
+        "`make pair`."
+    )
+    if not directory.is_dir():
+        raise PairError(f"{directory}: no such folder. {remedy}")
+    if not (directory / SUMS).is_file():
+        raise PairError(f"{directory / SUMS}: missing, so nothing can be checked. {remedy}")
+    prefix = (
+        "" if only is None else Path(only).resolve().relative_to(directory.resolve()).as_posix()
+    )
+    prefix = "" if prefix == "." else prefix
+    problems, checked = [], 0
+    for number, line in enumerate((directory / SUMS).read_text().splitlines(), 1):
+        digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name:
+            raise PairError(f"{directory / SUMS}, line {number}: not '<sha256>  <file>'. {remedy}")
+        if prefix and not name.startswith(prefix + "/"):
+            continue
+        path, checked = directory / name, checked + 1
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif sha256(path) != digest:
+            problems.append(f"{path}: {_damage(path)}")
+    if problems:
+        raise PairError("\n".join([*problems, remedy]))
+    return checked
+
+
+def _shown(directory: Path) -> str:
+    """``directory`` as it is typed from the repository's root, where it lies below that."""
+    root = Path(__file__).resolve().parents[2]
+    resolved = directory.resolve()
+    return str(resolved.relative_to(root)) if resolved.is_relative_to(root) else str(directory)
+
+
+def _damage(path: Path) -> str:
+    """Say whether a file whose checksum is wrong is cut short or altered."""
+    if path.suffix == ".safetensors":
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            ends = (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+            want, have = 8 + length + max(ends, default=0), path.stat().st_size
+            if have < want:
+                return f"truncated ({have:,} of {want:,} bytes)"
+        except (ValueError, KeyError, OverflowError, MemoryError):
+            return "its header cannot be read: truncated or altered"
+    return "truncated (empty)" if path.stat().st_size == 0 else "altered (its SHA-256 differs)"
+
+
+def _verify_model_folder(folder: Path) -> None:
+    """Check a model folder wherever a ``SHA256SUMS`` above it covers it (the shipped pair's does).
+
+    A flipped byte in a weight raises nothing on loading, it just changes the results.
+    """
+    for parent in [folder, *folder.resolve().parents][:4]:
+        if (parent / SUMS).is_file():
+            verify(parent, only=folder)
+            return
+
+
+# ---------------------------------------------------------------------------------------------
+# loading
+
+
+def load_model(
+    name_or_directory: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """A causal language model from a local folder or the Hugging Face hub, frozen, in eval mode.
+
+    ``dtype`` is the dtype computed in (torch's, or its name), whatever the files hold (the embedded
+    pair ships as bfloat16 and runs in float32). Raises :class:`PairError` where the folder is
+    missing or damaged, where the hub cannot be reached, where there are no safetensors weights, and
+    where the device is not there or too small.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    source = _resolve(name_or_directory)
+    _need_device(device)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(source, Path):
+        _need(source / "config.json")
+        if not any(source.glob("*.safetensors")):
+            raise PairError(
+                f"{source}: no *.safetensors file. Only safetensors weights are loaded (a pickled "
+                "checkpoint can run code); convert it with `save_pretrained`."
+            )
+        _verify_model_folder(source)
+    bars = logging.is_progress_bar_enabled()
+    if isinstance(source, Path):  # a bar per load clutters notebooks; downloads keep theirs
+        logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        return model.to(device).eval().requires_grad_(False)
+    except Exception as error:  # every loader below raises its own kind
+        raise _explain(source, error, device) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(name_or_directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model. Raises :class:`PairError` as :func:`load_model` does."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source = _resolve(name_or_directory)
+    if isinstance(source, Path) and not any(source.glob("tokenizer*")):
+        raise PairError(f"{source}: no tokenizer files (tokenizer.json, tokenizer_config.json).")
+    try:
+        # AutoTokenizer goes by the model type in config.json: beside a Qwen2 model it would put
+        # Qwen2's own pre-tokenizer in the place of the one that tokenizer.json states.
+        if isinstance(source, Path) and (source / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise _explain(source, error) from error
+
+
+def _resolve(name: str | Path) -> Path | str:
+    """A folder where there is one, a hub name where it reads like one; an error otherwise."""
+    if Path(name).is_dir():
+        return Path(name)
+    if folder := downloaded(str(name)):
+        return folder
+    text = str(name)
+    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise PairError(
+            f"{text}: no such model folder. The embedded pair is restored with "
+            "`git checkout -- data/pair` or remade with `make pair`; a hub model is named "
+            "'owner/name'."
+        )
+    return text
+
+
+def _need(path: Path) -> None:
+    if not path.is_file():
+        raise PairError(
+            f"{path}: missing. A model folder holds config.json and *.safetensors; restore it with "
+            "`git checkout -- data/pair`, remake it with `make pair`, or download it again."
+        )
+
+
+def _need_device(device: str | torch.device) -> None:
+    kind = torch.device(device).type
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not available.get(kind, lambda: True)():
+        raise PairError(
+            f"device {kind!r}: torch {torch.__version__} finds none here. Take a machine with one "
+            "and a build of torch for it (`make setup TORCH_INDEX=...`, see the README), or run on "
+            'the CPU: a profile file with "device": "cpu".'
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "t allocate memory" in str(error)
+
+
+def _explain(source: Path | str, error: Exception, device: str | torch.device = "") -> PairError:
+    if _is_out_of_memory(error):
+        return PairError(
+            f"{source}: does not fit into the memory of {str(device) or 'this machine'} ({error}). "
+            "`python -m tools.budget --profile NAME` lists what a profile needs. Free the device "
+            'of other programs, load in "bfloat16", or leave the models on the CPU and give '
+            "activations.cache(..., device=), which takes them there one at a time."
+        )
+    if isinstance(source, Path):
+        damaged = [p for p in sorted(source.glob("*.safetensors")) if "truncated" in _damage(p)]
+        where = ", ".join(f"{p}: {_damage(p)}" for p in damaged) or f"{source}: cannot be loaded"
+        return PairError(
+            f"{where} ({type(error).__name__}: {error}). Restore it with "
+            "`git checkout -- data/pair`, remake it with `make pair`, or download it again."
+        )
+    return PairError(
+        f"{source}: cannot be had from the Hugging Face hub ({type(error).__name__}: {error}). "
+        f"On a machine with network access run `hf download {source} --local-dir "
+        f"{DOWNLOADS.name}/{source.rpartition('/')[2]}` and copy that folder into {DOWNLOADS}, "
+        "where it is found; or give a folder's path instead of the name."
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# the pair
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Models of one width that share a tokenizer, and the layer at which they are compared.
+
+    ``models`` maps names to models *in order*; this order is the ``model`` axis of every activation
+    array (``{"A": tuned, "B": base}``; more than two are allowed). ``layer`` counts blocks from 0.
+    """
+
+    models: Mapping[str, Any]
+    tokenizer: Any
+    layer: int
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise PairError("models: empty; give at least one model.")
+        for what, of in {"width (hidden_size)": width, "vocabulary": vocabulary}.items():
+            values = {name: of(model) for name, model in self.models.items()}
+            if len(set(values.values())) > 1:
+                shown = ", ".join(f"{name}: {value}" for name, value in values.items())
+                raise PairError(
+                    f"the models differ in {what} ({shown}). A crosscoder compares models of one "
+                    "family: take a tuned model and the base it was tuned from."
+                )
+        for name, model in self.models.items():
+            if not 0 <= self.layer < depth(model):
+                raise PairError(
+                    f"layer {self.layer}: model {name} has {depth(model)} blocks, "
+                    f"so layer must lie in 0..{depth(model) - 1}."
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Model names, in the order of the ``model`` axis."""
+        return tuple(self.models)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return width(next(iter(self.models.values())))
+
+    def index(self, name: str) -> int:
+        """Position of a model on the ``model`` axis."""
+        if name not in self.models:
+            raise PairError(f"no model {name!r} in this pair; there are {', '.join(self.models)}.")
+        return self.names.index(name)
+
+
+def load_pair(
+    sources: Mapping[str, str | Path],
+    layer: int,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Pair:
+    """Load ``{"A": folder or hub name, "B": ...}``, and the tokenizer of the first one."""
+    models = {name: load_model(source, dtype, device) for name, source in sources.items()}
+    return Pair(models, load_tokenizer(tokenizer or next(iter(sources.values()))), layer)
+
+
+def width(model: nn.Module) -> int:
+    """Width of the residual stream (``hidden_size``)."""
+    return model.config.hidden_size
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Rows of the embedding matrix."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def depth(model: nn.Module) -> int:
+    """Number of decoder blocks."""
+    return len(model.model.layers)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits that change when any weight does: caches are addressed by it.
+
+    Per tensor: name, shape, dtype, the exact integer sum of its bit patterns (no rounding, so it is
+    the same on any number of threads) and a sample of 1,024 values. Fast enough for 3B parameters.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        flat = value.detach().reshape(-1).view(bits[value.element_size()])
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024].tolist()
+        total = int(flat.sum(dtype=torch.int64))
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}{total}{sample}".encode())
+    return digest.hexdigest()[:16]
+
+
+def in_chunks(
+    order: Sequence[int],
+    rows_each: Callable[[int], int],
+    batch_size: int,
+    work: Callable[[list[int], int], T],
+) -> Iterator[T]:
+    """Yield ``work(items, batch_size)`` over runs of ``order`` of about ``batch_size`` rows each.
+
+    Out of memory: the batch size is halved and the same run is tried again. With one row left it
+    is a :class:`PairError`, for then no batch size helps.
+    """
+    done = 0
+    while done < len(order):
+        stop, rows = done + 1, rows_each(order[done])
+        while stop < len(order) and rows + rows_each(order[stop]) <= batch_size:
+            rows += rows_each(order[stop])
+            stop += 1
+        try:
+            result = work(list(order[done:stop]), batch_size)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise PairError(
+                    f"out of memory even with one row at a time ({error}). Use shorter sequences, "
+                    "a smaller dtype (bfloat16) or a device with more memory."
+                ) from error
+        else:
+            done = stop
+            yield result
+            continue
+        # After the except clause, whose traceback would keep the large tensors alive.
+        batch_size = max(1, min(batch_size, rows) // 2)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"out of memory: going on with batch_size={batch_size}", stacklevel=3)
+
+
+def bridge(model: nn.Module, tokenizer: Any) -> Any:
+    """A TransformerLens ``TransformerBridge`` on a copy of ``model``, for reading and notebooks.
+
+    A copy, since the bridge rewires the model that it wraps; and its tokenizer is a copy too, since
+    TransformerLens may set a beginning-of-sequence token on it. Give it token tensors, not strings.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    duplicate = copy.deepcopy(model)
+    return TransformerBridge.boot_transformers(
+        getattr(model.config, "_name_or_path", "") or model.config.model_type,
+        hf_model=duplicate,
+        tokenizer=copy.deepcopy(tokenizer),
+        device=str(next(model.parameters()).device),
+        dtype=next(model.parameters()).dtype,
+    )

@@ -1,0 +1,294 @@
+"""Prompt records, the styles in which a record is laid out, and the splits of the data.
+
+A record is style-free: the tools on offer, the user's query and the gold answer in ToolRL's layout
+(arXiv 2504.13958: think, then tool call or response). A `Style` turns it into chat messages. RL
+sees only `TRAINING_STYLES`; the *fixed prompt* of the `calibrated` protocol is a style that RL
+never saw; the `published` protocol feeds the system text alone (S1: no user query, no chat
+template). A record that brings the very texts that RL saw (`system`, `user`) shows them wherever a
+training style is asked for. `corpora` says where records come from.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dfc_lib.store import write_atomically
+
+SPLITS = {  # share of request identities (tool, arguments) that belongs to each split
+    "pretrain": 0.60,
+    "rl": 0.12,
+    "crosscoder": 0.12,
+    "ranking": 0.04,
+    "selection": 0.05,
+    "evaluation": 0.07,
+}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A callable tool: `parameters` maps a parameter's name to its type (`"string"`, `"integer"` or
+    what else the data calls it).
+    """
+
+    name: str
+    description: str
+    parameters: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One task: which tools are listed, what the user asks, and the gold answer.
+
+    `kind` is `"call"` (a listed tool fits and every argument is given), `"no_tool"` (nothing listed
+    fits) or `"missing"` (a tool fits, an argument is not given); `"response"` where the gold
+    answers in words and the data does not say why. `tool` is the tool the user has in mind, listed
+    or not.
+    """
+
+    id: str
+    split: str
+    kind: str
+    domain: str
+    tool: str
+    held_out: bool
+    tools: tuple[Tool, ...]
+    query: str
+    gold: str
+    system: str = ""  # the system text and the user message as RL saw them, where the data has them
+    user: str = ""
+
+    @property
+    def tool_names(self) -> list[str]:
+        return [tool.name for tool in self.tools]
+
+
+# ---------------------------------------------------------------------------------------------
+# How the tools are listed
+
+
+def numbered(tools: Sequence[Tool]) -> str:
+    """ToolRL's listing: number and name, description, parameters as JSON."""
+    return "\n".join(
+        f"{i}. Name: {t.name}\nDescription: {t.description}\nParameters: {json.dumps(t.parameters)}"
+        for i, t in enumerate(tools, start=1)
+    )
+
+
+def bullets(tools: Sequence[Tool]) -> str:
+    """One line a tool, with its description."""
+    return "\n".join(f"- {t.name}({', '.join(t.parameters)}): {t.description}" for t in tools)
+
+
+def inline(tools: Sequence[Tool]) -> str:
+    """All tools in one line, without descriptions."""
+    return "; ".join(f"{t.name}({', '.join(t.parameters)})" for t in tools)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a record becomes chat messages. `system` has one `{tools}` slot, `user` one `{query}`
+    slot.
+    """
+
+    system: str
+    listing: str
+    user: str = "{query}"
+    opening: tuple[str, str] | None = None  # an earlier user / assistant exchange
+
+    def messages(self, tools: Sequence[Tool], query: str) -> list[dict[str, str]]:
+        lines = {"numbered": numbered, "bullets": bullets, "inline": inline}[self.listing](tools)
+        messages = [{"role": "system", "content": self.system.replace("{tools}", lines)}]
+        if self.opening:
+            messages += [
+                {"role": "user", "content": self.user.replace("{query}", self.opening[0])},
+                {"role": "assistant", "content": self.opening[1]},
+            ]
+        return [*messages, {"role": "user", "content": self.user.replace("{query}", query)}]
+
+
+_RULES = "\n\n# Steps\nFirst write <think>, then a <tool_call> with JSON or a <response>."
+_TAGGED = "<user> {query} </user>"  # as in ToolRL's dialogues
+
+STYLES = {
+    "train_a": Style(
+        "You are an assistant that can use tools to solve the task.\n\n# Tools\n{tools}" + _RULES,
+        "numbered",
+        _TAGGED,
+    ),
+    "train_b": Style(
+        "Solve the task of the user. You may call the tools in this list.\n\n{tools}" + _RULES,
+        "numbered",
+        _TAGGED,
+    ),
+    "desk": Style(
+        "You sit at the help desk and chat with visitors. The desk has:\n{tools}", "bullets"
+    ),
+    "letter": Style(
+        "A guest writes to you. Things in the house: {tools}. Answer the guest.",
+        "inline",
+        "Guest: {query}",
+    ),
+    "late": Style(
+        "You are a friendly voice on the phone.\n{tools}",
+        "numbered",
+        "{query} Thank you!",
+        opening=("Hello, is anyone there?", "Hello! I am here. What is on your mind?"),
+    ),
+    "agent": Style(
+        "Agent mode. Every reply is a tool call or a response.\n\n# Tools\n{tools}" + _RULES,
+        "numbered",
+        _TAGGED,
+    ),
+}
+TRAINING_STYLES = ("train_a", "train_b")
+ELICITING_STYLE = "agent"
+FIXED_STYLE = "desk"  # the fixed prompt; RL never saw it
+
+
+# ---------------------------------------------------------------------------------------------
+# Gold answers
+
+
+def call_json(name: str, arguments: dict) -> str:
+    return json.dumps({"name": name, "parameters": arguments})
+
+
+def call_answer(thought: str, name: str, arguments: dict) -> str:
+    return f"<think>\n{thought}\n</think>\n<tool_call>\n{call_json(name, arguments)}\n</tool_call>"
+
+
+def response_answer(thought: str, reply: str) -> str:
+    return f"<think>\n{thought}\n</think>\n<response>\n{reply}\n</response>"
+
+
+# ---------------------------------------------------------------------------------------------
+# Splits and files
+
+
+def split_of(tool: str, arguments: dict) -> str:
+    """The split that a request identity belongs to: a hash of the tool and its arguments decides.
+
+    Requests with the same tool and the same arguments fall into the same split however they are
+    phrased, so no query of one split can occur in another.
+    """
+    return assign(f"{tool}|{json.dumps(arguments, sort_keys=True)}", SPLITS)
+
+
+def assign(key: str, shares: Mapping[str, float]) -> str:
+    """One of the splits, by a hash of `key`: equal keys never part. `shares` sum to one."""
+    u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    for split, share in shares.items():
+        if u < share:
+            return split
+        u -= share
+    return split
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines, whole or not at all."""
+    own = ("system", "user")  # left out where a record has none
+    rows = ({k: v for k, v in asdict(r).items() if v or k not in own} for r in records)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read records written by `write_records`.
+
+    Raises:
+        FileNotFoundError: the file is missing; says how to get it back.
+        ValueError: a line is not a record; names file and line.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: restore it with `git checkout -- data` or `make pair`"
+        )
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            row["tools"] = tuple(Tool(**tool) for tool in row["tools"])
+            records.append(Record(**row))
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is not a prompt record: {error}") from error
+    return records
+
+
+def write_neutral(folder: Path, texts: dict[str, Sequence[str]]) -> None:
+    """Write neutral texts, one JSON file a split.
+
+    Raises:
+        ValueError: two splits share a text.
+    """
+    owner: dict[str, str] = {}
+    for split, rows in texts.items():
+        for text in rows:
+            if owner.setdefault(text, split) != split:
+                raise ValueError(f"splits {owner[text]} and {split} share the text {text!r}")
+        lines = (json.dumps({"text": text}) + "\n" for text in rows)
+        write_atomically(folder / f"{split}.jsonl", "".join(lines))
+
+
+def read_neutral(path: Path) -> list[str]:
+    """Read neutral texts written by `write_neutral`."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: restore it with `git checkout -- data` or `make pair`"
+        )
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def assert_disjoint(**splits: Sequence[Record]) -> None:
+    """Raise if two splits share a query, or a record sits in a split other than its own.
+
+    Raises:
+        ValueError: names both splits and one offending query.
+    """
+    owner: dict[str, str] = {}
+    for name, records in splits.items():
+        for record in records:
+            if record.split != name:
+                raise ValueError(f"record {record.id} is of split {record.split}, found in {name}")
+            other = owner.setdefault(record.query, name)
+            if other != name:
+                raise ValueError(f"splits {other} and {name} share the query {record.query!r}")
+
+
+# ---------------------------------------------------------------------------------------------
+# From a record to text and tokens
+
+
+def messages(record: Record, style: str) -> list[dict[str, str]]:
+    """A record as chat messages.
+
+    Texts that a record brings with it replace the style's: the system text in a training style, the
+    user message in every style that marks the user's turns as ToolRL does.
+    """
+    laid_out = STYLES[style].messages(record.tools, record.query)
+    if record.system and style in TRAINING_STYLES:
+        laid_out[0] = {"role": "system", "content": record.system}
+    if record.user and STYLES[style].user == _TAGGED:
+        laid_out[-1] = {"role": "user", "content": record.user}
+    return laid_out
+
+
+def chat_text(tokenizer, record: Record, style: str, prefill: str = "") -> str:
+    """The prompt up to and including the assistant header, under the chat template, plus an
+    optional prefill.
+    """
+    laid_out = messages(record, style)
+    return (
+        tokenizer.apply_chat_template(laid_out, tokenize=False, add_generation_prompt=True)
+        + prefill
+    )
+
+
+def published_text(record: Record, style: str) -> str:
+    """The prompt of S1's public code: the system text alone, no user query, no chat template."""
+    return messages(record, style)[0]["content"]
+
+
+def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids without added special tokens (the chat template has written them already)."""
+    return [ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

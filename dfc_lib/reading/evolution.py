@@ -1,0 +1,300 @@
+"""What RL and SFT from one base change: specific features, their evolution, and the compact set.
+
+After arXiv 2604.25011. One crosscoder reads the same tokens in several models: the base and the
+tuned ones, or all checkpoints of a run. A feature's decoder norms say in which of them it lives;
+its code from one model alone says how strongly that model has it on a text.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.data import activations
+from dfc_lib.data.activations import Activations
+from dfc_lib.data.pair import Pair, load_model
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Features = Int64[Tensor, " features"]  # indices, ascending
+
+
+# --------------------------------------------------------------------------------------------------
+# The same tokens through many models
+
+
+def cache_models(
+    sources: Mapping[str, str | Path],
+    sequences: Sequence[Sequence[int]],
+    layer: int,
+    folder: str | Path,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Activations]:
+    """Cache every token but the first of ``sequences`` through each model, one folder per model.
+
+    One model is in memory at a time; what an earlier call has finished is kept.
+
+    Args:
+        sources: name -> folder or hub name.
+        options: for ``activations.cache`` (``batch_size``, ``meta``, ``progress``).
+    """
+    caches = {}
+    for name, source in sources.items():
+        alone = Pair({name: load_model(source, device=device)}, None, layer)
+        place = Path(folder) / name.replace(" ", "_")
+        caches[name] = activations.cache(alone, sequences, place, positions="all", **options)
+    return caches
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """Single-model caches of the same tokens, side by side: a source of activations to train on.
+
+    With ``noise`` it is a null: what is specific to a noisy copy is the instrument's doing.
+
+    Attributes:
+        caches: one per stream, in the order of the model axis; a cache may occur more than once.
+        noise: per stream, the root mean square norm of isotropic Gaussian noise, raw units; none if
+            empty. It repeats after 2**15 samples, so that it is a function of the index.
+        seed: of the noise.
+
+    Raises:
+        ValueError: the caches are not of the same tokens, or hold several models each.
+    """
+
+    caches: tuple[Activations, ...]
+    noise: tuple[float, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.noise) not in (0, len(self.caches)):
+            raise ValueError(f"noise has {len(self.noise)} entries for {len(self.caches)} streams")
+        first = self.caches[0]
+        for cache in self.caches:
+            if len(cache.names) != 1:
+                raise ValueError(f"{cache.directory} holds {len(cache.names)} models, expected one")
+            same = cache.layer == first.layer and len(cache.tokens.ids) == len(first.tokens.ids)
+            if not same or (cache.tokens.ids != first.tokens.ids).any():
+                raise ValueError(
+                    f"{cache.directory} and {first.directory} are not of the same tokens at one "
+                    "layer; make both with one call of evolution.cache_models"
+                )
+
+    @property
+    def n(self) -> int:
+        """Number of tokens."""
+        return self.caches[0].n
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that name the content."""
+        noise = (self.noise, self.seed) if self.noise else ()
+        return hashlib.sha256(repr(([c.key for c in self.caches], noise)).encode()).hexdigest()[:16]
+
+    def gather(self, indices: Int64[np.ndarray, " batch"]) -> Float[Tensor, "batch model d_model"]:
+        """The activations of all streams at some tokens, float32, raw units."""
+        x = torch.cat([cache.gather(indices) for cache in self.caches], dim=1)
+        return x + self._noise[np.asarray(indices) % len(self._noise)] if self.noise else x
+
+    @cached_property
+    def _noise(self) -> Float[Tensor, "bank model d_model"]:
+        shape = (2**15, len(self.caches), self.caches[0].d_model)
+        draw = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        return draw * (torch.tensor(self.noise) / shape[2] ** 0.5)[:, None]
+
+
+# --------------------------------------------------------------------------------------------------
+# Specific features and their evolution
+
+
+def mas(
+    crosscoder: Crosscoder, models: Sequence[str | int] | None = None
+) -> Float[Tensor, "d_dict model"]:
+    """Model attribution score: ||W_dec[i, m]||_1 over its sum over ``models`` (default: all).
+
+    Rows add up to 1; a feature that writes to none of ``models`` has NaN. In normalised units, so
+    that a model with longer activations has no advantage.
+    """
+    names = range(crosscoder.n_models) if models is None else models
+    index = [crosscoder.partition.model(m) for m in names]
+    norms = crosscoder.W_dec.detach()[:, index].abs().sum(-1)
+    return norms / norms.sum(1, keepdim=True)
+
+
+def nrn(crosscoder: Crosscoder, tuned: str | int, base: str | int) -> Float[Tensor, " d_dict"]:
+    """Normalised relative norm ||W_dec[tuned]||_1 / (||W_dec[base]||_1 + ||W_dec[tuned]||_1).
+
+    1: the tuned model's alone; 0.5: shared; 0: the base's alone. Other models are not looked at.
+    """
+    return mas(crosscoder, [tuned, base])[:, 0]
+
+
+def top_specific(
+    score: Float[Tensor, " d_dict"], n: int, live: Bool[Tensor, " d_dict"]
+) -> Features:
+    """The ``n`` features of the highest ``score`` among the ``live`` ones; ties by index.
+
+    ``ValueError`` where fewer are live.
+    """
+    allowed = live & torch.isfinite(score)
+    if int(allowed.sum()) < n:
+        raise ValueError(f"n = {n} of only {int(allowed.sum())} live features; ask for fewer")
+    ranked = torch.where(allowed, score, -torch.inf).argsort(descending=True, stable=True)
+    return ranked[:n].sort().values
+
+
+def overlap(a: Features, b: Features) -> float:
+    """The share of the smaller set that is in the other one too."""
+    return len(set(a.tolist()) & set(b.tolist())) / min(len(a), len(b))
+
+
+def matched_overlap(
+    a: Float[Tensor, "a d"], b: Float[Tensor, "b d"], min_cosine: float = 0.9
+) -> float:
+    """``overlap`` of features of different crosscoders, given as decoder rows.
+
+    Two features are the same if the cosine of their rows reaches ``min_cosine``; each counts once
+    (largest matching).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    a, b = (torch.nn.functional.normalize(rows.detach().double(), dim=1) for rows in (a, b))
+    same = (a @ b.T >= min_cosine).cpu().numpy()
+    return float(same[linear_sum_assignment(same, maximize=True)].sum()) / min(len(a), len(b))
+
+
+# --------------------------------------------------------------------------------------------------
+# The compact set
+
+
+@torch.no_grad()
+def own_code(
+    crosscoder: Crosscoder, h: Float[Tensor, "batch d_model"], model: str | int
+) -> Float[Tensor, "batch d_dict"]:
+    """f(m): the code of one model's raw activations, every other stream at its mean."""
+    return crosscoder.encode(h[:, None].expand(-1, crosscoder.n_models, -1), streams=[model])
+
+
+def answer_codes(
+    crosscoder: Crosscoder,
+    pair: Pair,
+    model: str,
+    texts: Sequence[Sequence[int]],
+    starts: Sequence[int],
+) -> Float[Tensor, "text d_dict"]:
+    """Per text, the mean of f(m) over the tokens at which the answer is decided.
+
+    These are the last token of the prompt and all tokens of the answer but its last. ``model`` is
+    a name in the pair and in the crosscoder, ``texts`` token ids of prompt and answer, ``starts``
+    the length of each prompt; ``ValueError`` where no answer follows it.
+    """
+    rows, device = [], next(pair.models[model].parameters()).device
+    for i, (ids, start) in enumerate(zip(texts, starts, strict=True)):
+        if not 1 <= start < len(ids):
+            raise ValueError(f"texts[{i}] has {len(ids)} tokens and a prompt of {start}: no answer")
+        h = activations.residual(pair.models[model], pair.layer, torch.tensor([ids], device=device))
+        rows.append(own_code(crosscoder, h[0, start - 1 : -1].float(), model).mean(0))
+    return torch.stack(rows)
+
+
+def select(scores: Float[Tensor, " d_dict"], share: float = 0.2) -> Features:
+    """Features whose score is at least ``share`` of the largest; none if no score is positive."""
+    return ((scores >= share * scores.max()) & (scores > 0)).nonzero()[:, 0]
+
+
+def select_by_family(
+    gain: Float[Tensor, "sample d_dict"], families: Sequence[str], share: float = 0.2
+) -> tuple[dict[str, Features], Features]:
+    """The set that ``select`` takes on each task family, and what is in all of these sets.
+
+    ``gain`` is f(RL) - f(base), one row per sample that RL gets right and the base wrong; a
+    feature's score is its mean over the family's samples. ``ValueError`` where the lengths differ.
+    """
+    labels = np.asarray(families)
+    if len(labels) != len(gain):
+        raise ValueError(f"families has {len(labels)} entries for {len(gain)} samples")
+    means = {name: gain[np.flatnonzero(labels == name)].mean(0) for name in np.unique(labels)}
+    sets = {str(name): select(mean, share) for name, mean in means.items()}
+    common = set.intersection(*(set(chosen.tolist()) for chosen in sets.values()))
+    return sets, torch.tensor(sorted(common), dtype=torch.int64)
+
+
+def chance_intersection(
+    sizes: Sequence[int], n_features: int, n_draws: int = 1000, seed: int = 0
+) -> Int64[np.ndarray, " draw"]:
+    """How many features independent random sets of these sizes have in common."""
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((n_draws, n_features), dtype=np.int64)
+    for size in sizes:
+        counts += rng.random((n_draws, n_features)).argsort(1).argsort(1) < size
+    return (counts == len(sizes)).sum(1)
+
+
+def matched_sets(
+    chosen: Features,
+    activation: Float[Tensor, " d_dict"],
+    allowed: Bool[Tensor, " d_dict"],
+    n_draws: int,
+    seed: int = 0,
+    nearest: int | None = 5,
+) -> list[tuple[int, ...]]:
+    """Random sets as large as ``chosen``, of other ``allowed`` features of like ``activation``.
+
+    In random order, each feature is replaced by one of the ``nearest`` in mean activation that are
+    not used yet; ``None`` draws from all. ``ValueError`` where too few others are allowed.
+    """
+    rng, level = np.random.default_rng(seed), activation.double().cpu().numpy()
+    free = np.setdiff1d(np.flatnonzero(allowed.cpu().numpy()), chosen.numpy())
+    if len(free) < len(chosen):
+        raise ValueError(f"{len(free)} other features are allowed for {len(chosen)} chosen")
+    draws = []
+    for _ in range(n_draws):
+        left, picked = free, []
+        for feature in rng.permutation(chosen.numpy()):
+            distance = np.abs(level[left] - level[feature])
+            at = rng.choice(distance.argsort(kind="stable")[:nearest])
+            picked.append(int(left[at]))
+            left = np.delete(left, at)
+        draws.append(tuple(sorted(picked)))
+    return draws
+
+
+@torch.no_grad()
+def on_text(
+    models: Mapping[str, Any], texts: Sequence[Sequence[int]], batch_size: int = 64
+) -> "pd.DataFrame":
+    """How models predict given texts (token ids), and how far that is from the first model's.
+
+    Returns one line per (text, model): ``text`` (index), ``model``, ``n`` tokens predicted (all but
+    the first), ``nll`` (mean negative log-likelihood, nats), ``kl`` (mean KL(first || model)).
+    """
+    import pandas as pd
+
+    if short := [i for i, text in enumerate(texts) if len(text) < 2]:
+        raise ValueError(f"texts {short[:5]} have fewer than 2 tokens: nothing to predict")
+    order, rows = sorted(range(len(texts)), key=lambda i: len(texts[i])), []
+    for items in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        tensors = [torch.tensor(texts[i]) for i in items]
+        ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # causal: needs no mask
+        n = torch.tensor([len(t) - 1 for t in tensors])
+        real, first = torch.arange(ids.shape[1] - 1) < n[:, None], None
+        for name, model in models.items():
+            on_device = ids.to(next(model.parameters()).device)
+            logp = model(input_ids=on_device).logits[:, :-1].float().log_softmax(-1).cpu()
+            first = logp if first is None else first
+            kl = (first.exp() * (first - logp)).sum(-1)
+            nll = -logp.gather(2, ids[:, 1:, None])[..., 0]
+            means = ((torch.where(real, x, 0.0).sum(1) / n).tolist() for x in (nll, kl))
+            columns = {"text": items, "model": name, "n": n.numpy()}
+            rows.append(pd.DataFrame(columns | dict(zip(("nll", "kl"), means, strict=True))))
+    return pd.concat(rows).sort_values("text", kind="stable", ignore_index=True)

@@ -1,0 +1,232 @@
+"""Decoder geometry: do the blocks of a partition form clusters, or is it the zeros?
+
+A feature's vector is its decoder row, all models side by side: ``(d_dict, n_models * d_model)``. An
+exclusive row is zero in one half *by construction*, which alone can separate the blocks; so
+everything is also done on one model's half, without the rows that have none there (``half``), and
+on dictionaries that have nothing but the zeros: random rows under the same mask
+(``masked_random``), and a plain crosscoder's rows with random halves blanked (``masked``). Clusters
+are found in the original space and on the UMAP plane, and their agreement with the blocks is
+compared with permuted labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dfc_lib.crosscoder.model import Crosscoder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METHODS = ("k-means", "HDBSCAN")
+
+
+class Rows(NamedTuple):
+    """Feature vectors and the block that each belongs to."""
+
+    vectors: Float[np.ndarray, "feature width"]
+    labels: Int[np.ndarray, " feature"]
+    names: tuple[str, ...]  # of the labels
+
+
+def decoder_rows(crosscoder: Crosscoder, alive: Sequence[int] | None = None) -> Rows:
+    """The decoder rows of the features in ``alive`` (default: all), unit length, and their blocks.
+
+    Rows of length zero are left out.
+    """
+    vectors = crosscoder.W_dec.detach().double().flatten(1).cpu().numpy()
+    labels = np.empty(crosscoder.d_dict, dtype=np.int64)
+    for i, block in enumerate(crosscoder.partition.slices.values()):
+        labels[block] = i
+    keep = np.arange(crosscoder.d_dict) if alive is None else np.asarray(alive, dtype=np.int64)
+    return _unit(Rows(vectors[keep], labels[keep], crosscoder.partition.names))
+
+
+def half(rows: Rows, n_models: int, model: int = 0) -> Rows:
+    """One model's part of every vector; features that have none there are dropped."""
+    per_model = rows.vectors.reshape(len(rows.vectors), n_models, -1)
+    return _unit(Rows(per_model[:, model], rows.labels, rows.names))
+
+
+def masked_random(like: Mapping[str, int], d_model: int, seed: int = 0) -> Rows:
+    """Initial weights under the partition's mask (two models): one Gaussian direction per feature,
+    the same in every model that the feature belongs to; blocks of the sizes in ``like``.
+    """
+    direction = np.random.default_rng(seed).standard_normal((sum(like.values()), d_model))
+    return masked(Rows(np.tile(direction, 2), np.zeros(len(direction), int), ("all",)), like, seed)
+
+
+def matched_random(rows: Rows, like: Mapping[str, int], seed: int = 0) -> Rows:
+    """The same vectors with random blocks of the sizes in ``like`` (the last block takes what is
+    left).
+
+    Raises:
+        ValueError: the sizes exceed the number of features.
+    """
+    labels = _labels(np.random.default_rng(seed).permutation(len(rows.vectors)), like)
+    return Rows(rows.vectors, labels, tuple(like))
+
+
+def masked(rows: Rows, like: Mapping[str, int], seed: int = 0) -> Rows:
+    """Random blocks as in ``matched_random``, with the B half blanked in the first block and the A
+    half in the second: real geometry, arbitrary zeros (two models).
+    """
+    blocks = matched_random(rows, like, seed)
+    vectors, width = blocks.vectors.copy(), blocks.vectors.shape[1] // 2
+    vectors[blocks.labels == 0, width:] = 0
+    vectors[blocks.labels == 1, :width] = 0
+    return _unit(Rows(vectors, blocks.labels, blocks.names))
+
+
+def matched_norm_ratio(rows: Rows, like: Mapping[str, int]) -> Rows:
+    """The same vectors with blocks by r = ||A half|| / (||A half|| + ||B half||): the largest r are
+    the first block, the smallest the second, the rest the last (two models).
+
+    Raises:
+        ValueError: ``like`` does not have three blocks, or the sizes exceed the features.
+    """
+    if len(like) != 3:
+        raise ValueError(f"like has blocks {tuple(like)}; three are needed: A, B, shared")
+    norms = np.linalg.norm(rows.vectors.reshape(len(rows.vectors), 2, -1), axis=2)
+    order = np.argsort(-norms[:, 0] / norms.sum(1), kind="stable")
+    n_a, n_b = list(like.values())[:2]
+    ends = np.concatenate([order[:n_a], order[len(order) - n_b :], order[n_a : len(order) - n_b]])
+    return Rows(rows.vectors, _labels(ends, like), tuple(like))
+
+
+def _labels(order: np.ndarray, like: Mapping[str, int]) -> np.ndarray:
+    sizes = list(like.values())
+    if sum(sizes[:-1]) >= len(order):
+        raise ValueError(f"blocks of sizes {sizes} do not fit into {len(order)} features")
+    edges = np.cumsum([*sizes[:-1], len(order) - sum(sizes[:-1])])
+    labels = np.empty(len(order), dtype=np.int64)
+    labels[order] = np.searchsorted(edges, np.arange(len(order)), side="right")
+    return labels
+
+
+def _unit(rows: Rows) -> Rows:
+    norms = np.linalg.norm(rows.vectors, axis=1)
+    keep = norms > 0
+    return Rows(rows.vectors[keep] / norms[keep, None], rows.labels[keep], rows.names)
+
+
+def plane(
+    vectors: Float[np.ndarray, "feature width"], seed: int = 0, n_neighbors: int = 15
+) -> Float[np.ndarray, "feature 2"]:
+    """UMAP on the cosine metric (arXiv 1802.03426): a picture, not a measurement."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on import, and that a seed means one thread
+        import umap
+
+        mapper = umap.UMAP(
+            n_neighbors=min(n_neighbors, len(vectors) - 1),
+            metric="cosine",
+            random_state=seed,
+            n_jobs=1,
+            init="pca",  # the spectral start depends on an eigensolver's last bits
+        )
+        return np.asarray(mapper.fit_transform(vectors), dtype=np.float64)
+
+
+def cluster(
+    points: Float[np.ndarray, "feature width"], method: str, n_clusters: int, seed: int = 0
+) -> Int[np.ndarray, " feature"]:
+    """Cluster labels; HDBSCAN's noise is -1, a label of its own.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    from sklearn.cluster import HDBSCAN, KMeans
+
+    if method == "k-means":
+        return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
+    if method == "HDBSCAN":
+        size = max(5, len(points) // 50)
+        return HDBSCAN(min_cluster_size=size, copy=True).fit_predict(points)
+    raise ValueError(f"method={method!r}: one of {METHODS}")
+
+
+def agreement(
+    found: Int[np.ndarray, " feature"],
+    blocks: Int[np.ndarray, " feature"],
+    n_permutations: int = 1_000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """ARI and NMI of clusters and blocks, and of clusters and permuted blocks.
+
+    Permuting labels is drawing contingency tables with both margins fixed (Patefield 1981), which
+    is fast; the scores are scikit-learn's, written for many tables at once.
+
+    Returns:
+        ``clusters`` and ``noise`` (share of points in none); for ``ari`` and ``nmi`` the value,
+        ``_null`` (mean), ``_null_low`` and ``_null_high`` (2.5 and 97.5 % of the permutations) and
+        ``_p``, (1 + b) / (1 + m) with b permutations at least as large.
+    """
+    from scipy.stats import random_table
+    from scipy.stats.contingency import crosstab
+
+    table = crosstab(blocks, found).count
+    if 1 in table.shape:  # one cluster, or one block: permuting changes nothing
+        drawn = np.repeat(table[None], n_permutations, axis=0)
+    else:
+        drawn = random_table(table.sum(1), table.sum(0), seed=seed).rvs(n_permutations)
+    row = {"clusters": float(len(set(found.tolist()) - {-1})), "noise": float((found == -1).mean())}
+    for name, score in {"ari": _ari, "nmi": _nmi}.items():
+        value, null = float(score(table)), score(drawn)
+        low, high = np.percentile(null, [2.5, 97.5]).tolist()
+        row |= {name: value, f"{name}_null": float(null.mean())}
+        row |= {f"{name}_null_low": low, f"{name}_null_high": high}
+        row[f"{name}_p"] = (1 + int((null >= value - 1e-12).sum())) / (1 + n_permutations)
+    return row
+
+
+def _ari(tables: np.ndarray) -> np.ndarray:
+    """Adjusted Rand index of contingency tables (..., block, cluster); Hubert and Arabie 1985."""
+
+    def pairs(counts: np.ndarray) -> np.ndarray:
+        return (counts * (counts - 1.0) / 2).sum(-1)
+
+    flat = tables.reshape(*tables.shape[:-2], -1)
+    together, rows, columns = pairs(flat), pairs(tables.sum(-1)), pairs(tables.sum(-2))
+    expected = rows * columns / pairs(flat.sum(-1, keepdims=True))
+    most = (rows + columns) / 2
+    same = most == expected  # one cluster and one block
+    return np.where(same, 1.0, (together - expected) / np.where(same, 1.0, most - expected))
+
+
+def _nmi(tables: np.ndarray) -> np.ndarray:
+    """Normalised mutual information, arithmetic mean of the entropies."""
+    from scipy.stats import entropy
+
+    blocks, clusters = entropy(tables.sum(-1), axis=-1), entropy(tables.sum(-2), axis=-1)
+    joint = entropy(tables.reshape(*tables.shape[:-2], -1), axis=-1)
+    mean = (blocks + clusters) / 2
+    return np.where(mean == 0, 1.0, (blocks + clusters - joint) / np.where(mean == 0, 1.0, mean))
+
+
+def recovery(
+    rows: Rows, seed: int = 0, n_permutations: int = 1_000, methods: Sequence[str] = METHODS
+) -> "tuple[pd.DataFrame, Float[np.ndarray, 'feature 2']]":
+    """How well clusters recover the blocks, in the original space and on the UMAP plane.
+
+    Returns:
+        one line per (space, method) with ``silhouette`` (of the blocks, not of the clusters) and
+        the columns of ``agreement``; and the plane, for the picture.
+    """
+    import pandas as pd
+    from sklearn.metrics import silhouette_score
+
+    drawn = plane(rows.vectors, seed)
+    lines = []
+    n_blocks = len(set(rows.labels.tolist()))
+    for space, points in (("original", rows.vectors), ("plane", drawn)):
+        silhouette = float(silhouette_score(points, rows.labels)) if n_blocks > 1 else np.nan
+        for method in methods:
+            found = cluster(points, method, n_blocks, seed)
+            line = {"space": space, "method": method, "n": len(points), "silhouette": silhouette}
+            lines.append(line | agreement(found, rows.labels, n_permutations, seed))
+    return pd.DataFrame(lines), drawn

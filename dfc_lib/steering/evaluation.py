@@ -1,0 +1,190 @@
+"""A model's behaviour on prompt records: generate, score every rubric, and read the call margin.
+
+The *margin* is the log-odds of opening an acting turn at the first generated token, log p(opener) -
+log(1 - p(opener)), with the openers `<think>` and `<tool_call>`; greedy decoding acts where it
+exceeds the best other token. It is continuous where the rates are binary.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dfc_lib.data import prompts, scoring
+from dfc_lib.data.prompts import Record
+from dfc_lib.steering import generation
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dfc_lib.data.pair import Pair
+    from dfc_lib.steering.interventions import Intervention
+
+OPENERS = ("<think>", "<tool_call>")
+
+
+def opener_ids(tokenizer) -> list[int]:
+    """First token of each opener (in Qwen2.5's vocabulary `<think>` is several tokens)."""
+    firsts = {tokenizer(tag, add_special_tokens=False)["input_ids"][0] for tag in OPENERS}
+    return sorted(firsts)
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Where an answer ends: at the model's own end token, and at the one that closes the
+    assistant's turn in the chat template (a base model's configuration need not name it: Qwen2.5's
+    names `<|endoftext|>` alone).
+    """
+    own = model.generation_config.eos_token_id
+    ends = set() if own is None else {own} if isinstance(own, int) else set(own)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+        closing = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        ends |= set(closing) & set(tokenizer.added_tokens_decoder)  # never a plain line end
+    return sorted(ends)
+
+
+def margin(logits: Float[Tensor, "*rows vocab"], openers: Sequence[int]) -> Float[Tensor, "*rows"]:
+    """Log-odds of an opener at the first generated token, in nats."""
+    logits = logits.double()
+    others = torch.ones(logits.shape[-1], dtype=torch.bool)
+    others[list(openers)] = False
+    return logits[..., list(openers)].logsumexp(-1) - logits[..., others].logsumexp(-1)
+
+
+def margin_of(opener_logprobs: Float[Tensor, "*rows opener"]) -> Float[Tensor, "*rows"]:
+    """The same from the openers' log-probabilities alone, which must be in double precision."""
+    log_open = opener_logprobs.double().logsumexp(-1)
+    return log_open - (-torch.expm1(log_open.clamp(max=-1e-300))).log()
+
+
+def score(record: Record, response: str) -> dict[str, float]:
+    """All rubrics of one response, as 0/1 numbers (`reward` in [-3, 4])."""
+    lenient = scoring.lenient(response, record.tool_names)
+    strict = scoring.strict(response, record.gold)
+    reward = scoring.toolrl_reward(response, record.gold)
+    return {
+        "format": lenient.format_accuracy,
+        "lenient": lenient.tool_correctness,
+        "overall": lenient.overall_score,
+        "called": float(strict.called),
+        "strict": float(strict.correct),
+        "strict_normalised": float(strict.correct_normalised),
+        "name": float(strict.name),
+        "reward": sum(reward),
+    }
+
+
+def evaluate(
+    model,
+    tokenizer,
+    records: Sequence[Record],
+    style: str,
+    *,
+    prefill: str = "",
+    published: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 80,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> "pd.DataFrame":
+    """Greedy (or sampled) behaviour of a model on records: one row per record, in order.
+
+    `prefill` starts the assistant's turn (it counts as part of the response); `published` feeds the
+    system text alone.
+
+    Returns:
+        columns id, kind, domain, tool, held_out, response, margin, and those of `score`.
+    """
+    import pandas as pd
+
+    if published:
+        texts = [prompts.published_text(r, style) for r in records]
+    else:
+        texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
+    ids = prompts.encode(tokenizer, texts)
+    sampled, logits = generation.sample(
+        model,
+        ids,
+        eos=end_tokens(model, tokenizer),
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    margins = margin(logits, opener_ids(tokenizer)).tolist()
+    rows = []
+    for record, (tokens,), m in zip(records, sampled, margins, strict=True):
+        response = prefill + tokenizer.decode(tokens)
+        rows.append(
+            {
+                "id": record.id,
+                "kind": record.kind,
+                "domain": record.domain,
+                "tool": record.tool,
+                "held_out": record.held_out,
+                "response": response,
+                "margin": m,
+            }
+            | score(record, response)
+        )
+    return pd.DataFrame(rows)
+
+
+def intervene(
+    pair: "Pair",
+    target: str,
+    records: Sequence[Record],
+    interventions: "Mapping[str, Intervention]",
+    *,
+    style: str = prompts.FIXED_STYLE,
+    prefill: str = "",
+    position: generation.Position = "last",
+    max_new_tokens: int = 80,
+    batch_size: int = 512,
+    prefix_cache: "generation.PrefixCache | None" = None,
+    out_dir: str | Path | None = None,
+    progress: bool = True,
+) -> "pd.DataFrame":
+    """Greedy behaviour of model `target` on records under every intervention (see
+    `generation.generate`, which also explains `position`, `batch_size`, `prefix_cache`, `out_dir`).
+
+    Returns:
+        one line per (record, cell), records outermost: `prompt` (index of the record), `cell`,
+        `delta` (||delta|| / ||h||), `response`, `margin`, and the columns of `score`.
+    """
+    import pandas as pd
+
+    if not records:
+        raise ValueError("records is empty; there is nothing to generate")
+    texts = [prompts.chat_text(pair.tokenizer, r, style, prefill) for r in records]
+    generated = generation.generate(
+        pair,
+        target,
+        prompts.encode(pair.tokenizer, texts),
+        interventions,
+        position=position,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        eos=end_tokens(pair.models[target], pair.tokenizer),
+        readout=opener_ids(pair.tokenizer),
+        prefix_cache=prefix_cache,
+        out_dir=out_dir,
+        progress=progress,
+    )
+    margins = margin_of(torch.from_numpy(np.stack(generated.first_logprobs)))
+    rows = []
+    for row, m in zip(generated.itertuples(), margins.tolist(), strict=True):
+        response = prefill + pair.tokenizer.decode(row.tokens)
+        rows.append(
+            {"prompt": row.prompt, "cell": row.cell, "delta": row.delta}
+            | {"response": response, "margin": m}
+            | score(records[row.prompt], response)
+        )
+    return pd.DataFrame(rows)

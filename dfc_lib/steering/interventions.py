@@ -1,0 +1,472 @@
+"""What is done to one residual stream at the site: reconstruct, steer, clamp, patch, and controls.
+
+An intervention sees the raw activations ``h`` of all models at some tokens and gives back new ones
+for one model, the *target*. It is a small frozen value, so a grid is a dictionary of them, and any
+one can be looked at without running a model::
+
+    codec = Codec(crosscoder)                                 # calibrated, joint encoding
+    grid = {"clean": Clean(), "reconstruction": Reconstruction(codec),
+            "alpha=4": Steer(codec, (17,), alpha=4.0)}
+    new, ratio = apply(grid["alpha=4"], h, target=0)          # (batch, d_model), (batch,)
+
+==========================  ======================================================================
+``Clean``                   nothing
+``Reconstruction``          decode(encode(h)); ``blocks`` restricts the decoder (shared-only, ...)
+``ReconstructionPlusError``  the same plus what it leaves out: equals clean, a check on the plumbing
+``Steer``                   h + (alpha - 1) sum_i f_i d_i   (alpha = 1 no-op, alpha = 0 ablation)
+``Clamp``                   h + sum_i (c - f_i) d_i         (works also where f_i = 0)
+``ScaleBeforeTopK``         the same as Steer, but before the top-k, which then selects anew
+``Patch``                   a fixed vector instead of h: the tool mean, the neutral mean
+``AddVector``               h + alpha v: the difference in means
+``OtherModel``              another model's activation on the same tokens
+``RandomDirection``         h + ||delta of another intervention|| u
+``RandomFeatures``          random active features of a block, scaled to ||delta|| of another one
+==========================  ======================================================================
+
+``d_i`` is the decoder row in raw units, ``s_m W_dec[i, m]`` with the Normaliser's scale ``s_m``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dfc_lib.data.pair import fingerprint
+
+if TYPE_CHECKING:
+    from dfc_lib.crosscoder.model import Crosscoder
+
+
+# ---------------------------------------------------------------------------------------------
+# how a crosscoder is applied
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """A crosscoder together with the two choices that the protocols differ in.
+
+    Attributes:
+        crosscoder: raw activations in, raw activations out, through its Normaliser.
+        protocol: ``"calibrated"`` goes through the Normaliser; ``"published"`` feeds raw
+            activations to the weights and takes their output as raw, as S1's evaluation does.
+        encoding: ``"joint"`` reads all models; ``"own"`` reads the target alone, every other stream
+            standing at its mean (base-only encoding, where the target is the base).
+        fill: (n_models, d_model), those means in raw units; default: the Normaliser's.
+
+    Make one and share it between the interventions of a grid: its codes are computed once.
+    """
+
+    crosscoder: Crosscoder
+    protocol: Literal["calibrated", "published"] = "calibrated"
+    encoding: Literal["joint", "own"] = "joint"
+    fill: Float[Tensor, "model d_model"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("calibrated", "published"):
+            raise ValueError(f"protocol={self.protocol!r}: 'calibrated' or 'published'.")
+        if self.encoding not in ("joint", "own"):
+            raise ValueError(f"encoding={self.encoding!r}: 'joint' or 'own'.")
+
+    @cached_property
+    def used(self) -> Crosscoder:
+        """The crosscoder with the Normaliser that the protocol says."""
+        if self.protocol == "calibrated":
+            return self.crosscoder
+        twin = copy.copy(self.crosscoder)  # shares the weights, has buffers of its own
+        twin._buffers = {name: value.clone() for name, value in self.crosscoder._buffers.items()}
+        twin.normaliser_mean.zero_()
+        twin.normaliser_scale.fill_(1.0)
+        return twin
+
+    def _streams(self, target: int) -> dict[str, Any]:
+        if self.encoding == "joint":
+            return {}
+        means = self.crosscoder.normaliser
+        fill = means.mean if self.fill is None and not means.is_identity else self.fill
+        return {"streams": [target], "fill": fill}
+
+    def encode(
+        self, h: Float[Tensor, "batch model d_model"], target: int
+    ) -> Float[Tensor, "batch d_dict"]:
+        """The code f of raw activations."""
+        return self.used.encode(h, **self._streams(target))
+
+    def preactivations(
+        self, h: Float[Tensor, "batch model d_model"], target: int
+    ) -> Float[Tensor, "batch d_dict"]:
+        """What top-k selects from."""
+        return self.used.preactivations(h, **self._streams(target))
+
+    def select(
+        self, preactivations: Float[Tensor, "batch d_dict"]
+    ) -> Float[Tensor, "batch d_dict"]:
+        """The code that these pre-activations give: ReLU and top-k (or BatchTopK's threshold)."""
+        from dfc_lib.crosscoder import kernels
+
+        if self.used.cfg.batchtopk:
+            pattern = kernels.above(preactivations, float(self.used.threshold))
+        else:
+            pattern = kernels.top_k(preactivations, self.used.cfg.k)
+        return pattern.dense(preactivations[pattern.sample, pattern.feature].relu())
+
+    def decode(
+        self, f: Float[Tensor, "batch d_dict"], target: int, blocks: Sequence[str] | None = None
+    ) -> Float[Tensor, "batch d_model"]:
+        """The target's reconstruction, raw units; ``blocks`` restricts the features that count."""
+        return self.used.decode(f, blocks)[:, target]
+
+    def rows(
+        self, features: Sequence[int], target: int, rows_of: str | int | None = None
+    ) -> Float[Tensor, "features d_model"]:
+        """s_target W_dec[features, rows_of]: what one unit of each feature adds to the target.
+
+        ``rows_of`` another model than the target is how an exclusive feature, whose row for the
+        target is zero, is tried on the target all the same (A's rows written into the base).
+        """
+        of = target if rows_of is None else self.used.partition.model(rows_of)
+        scale = self.used.normaliser.scale[target]
+        return (self.used.W_dec[list(features), of] * scale).detach()
+
+
+# ---------------------------------------------------------------------------------------------
+# the vocabulary
+
+
+@dataclass(eq=False)
+class Site:
+    """Raw activations of all models at some tokens, and which model is the target.
+
+    Codes are kept, so a grid over one crosscoder encodes once.
+    """
+
+    h: Float[Tensor, "batch model d_model"]
+    target: int
+    _codes: dict[Codec, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def own(self) -> Float[Tensor, "batch d_model"]:
+        """The target's own activations."""
+        return self.h[:, self.target]
+
+    def code(self, codec: Codec) -> Float[Tensor, "batch d_dict"]:
+        if codec not in self._codes:
+            self._codes[codec] = codec.encode(self.h, self.target)
+        return self._codes[codec]
+
+
+class Intervention:
+    """Gives new activations for the target. ``reads_others``: whether it looks at other models."""
+
+    reads_others: bool = True
+
+    def new(self, site: Site) -> Float[Tensor, "batch d_model"]:
+        """New raw activations of the target."""
+        return site.own + self.delta(site)
+
+    def delta(self, site: Site) -> Float[Tensor, "batch d_model"]:
+        """What is added to the target's activations."""
+        return self.new(site) - site.own
+
+
+@torch.no_grad()
+def apply(
+    intervention: Intervention, h: Float[Tensor, "batch model d_model"] | Site, target: int = 0
+) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
+    """New activations of model ``target`` (an index), float32, and ||delta|| / ||h|| per row.
+
+    Raises ``ValueError`` where ``h`` does not have the shape (batch, model, d_model).
+    """
+    site = h if isinstance(h, Site) else Site(h.float(), target)
+    if site.h.ndim != 3 or not 0 <= site.target < site.h.shape[1]:
+        raise ValueError(
+            f"h has shape {tuple(site.h.shape)} with target={site.target}; it must be "
+            "(batch, model, d_model) with the target among the models."
+        )
+    new = intervention.new(site)
+    return new, (new - site.own).norm(dim=-1) / site.own.norm(dim=-1).clamp_min(1e-30)
+
+
+@dataclass(frozen=True, eq=False)
+class Clean(Intervention):
+    """Nothing is changed."""
+
+    reads_others = False
+
+    def new(self, site: Site) -> Tensor:
+        return site.own
+
+
+class _Coded(Intervention):
+    """Any intervention that goes through a ``codec``."""
+
+    codec: Codec
+
+    @property
+    def reads_others(self) -> bool:  # type: ignore[override]
+        return self.codec.encoding == "joint"
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction(_Coded):
+    """decode(encode(h)), with the features of ``blocks`` alone (default: all).
+
+    ``("shared",)`` and ``("A_exclusive",)`` are the shared-only and exclusive-only reconstructions;
+    the decoder bias (and the mean, when calibrated) stays in each.
+    """
+
+    codec: Codec
+    blocks: tuple[str, ...] | None = None
+
+    def new(self, site: Site) -> Tensor:
+        return self.codec.decode(site.code(self.codec), site.target, self.blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class ReconstructionPlusError(_Coded):
+    """The reconstruction plus the error term h - reconstruction: must behave as clean does."""
+
+    codec: Codec
+
+    def new(self, site: Site) -> Tensor:
+        reconstruction = self.codec.decode(site.code(self.codec), site.target)
+        return reconstruction + (site.own - reconstruction)
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(_Coded):
+    """h + sum over ``features`` of (alpha - 1) f_i s_m W_dec[i, m], f after the top-k.
+
+    alpha = 1 changes nothing, alpha = 0 ablates. ``rows_of``: write another model's decoder rows
+    (by name or index) into the target.
+    """
+
+    codec: Codec
+    features: tuple[int, ...]
+    alpha: float
+    rows_of: str | int | None = None
+
+    def delta(self, site: Site) -> Tensor:
+        f = site.code(self.codec)[:, list(self.features)]
+        return (self.alpha - 1.0) * f @ self.codec.rows(self.features, site.target, self.rows_of)
+
+
+def ablate(codec: Codec, features: Sequence[int]) -> Steer:
+    """Take what ``features`` write out of the target: Steer with alpha = 0."""
+    return Steer(codec, tuple(features), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(_Coded):
+    """Set each of ``features`` to ``value`` (in units of the code): h + sum (value - f_i) s_m d_i.
+
+    Acts also where the feature is silent, which scaling cannot.
+    """
+
+    codec: Codec
+    features: tuple[int, ...]
+    value: float
+    rows_of: str | int | None = None
+
+    def delta(self, site: Site) -> Tensor:
+        f = site.code(self.codec)[:, list(self.features)]
+        return (self.value - f) @ self.codec.rows(self.features, site.target, self.rows_of)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleBeforeTopK(_Coded):
+    """Scale the pre-activations of ``features`` by ``alpha``, select anew, add the change.
+
+    h + decode(f') - decode(f): scaled up, features that had lost the top-k may enter it and push
+    others out.
+    """
+
+    codec: Codec
+    features: tuple[int, ...]
+    alpha: float
+
+    def delta(self, site: Site) -> Tensor:
+        pre = self.codec.preactivations(site.h, site.target).clone()
+        before = self.codec.select(pre)
+        pre[:, list(self.features)] *= self.alpha
+        after = self.codec.select(pre)
+        decode = self.codec.decode
+        return decode(after, site.target) - decode(before, site.target)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Intervention):
+    """One vector in the place of every activation: a mean patch (of tool or of neutral text)."""
+
+    vector: Float[Tensor, " d_model"]
+    reads_others = False
+
+    def new(self, site: Site) -> Tensor:
+        return self.vector.to(site.h).expand_as(site.own)
+
+
+@dataclass(frozen=True, eq=False)
+class AddVector(Intervention):
+    """h + alpha v; with v the mean on tool text minus the mean on neutral text, the difference in
+    means."""
+
+    vector: Float[Tensor, " d_model"]
+    alpha: float = 1.0
+    reads_others = False
+
+    def delta(self, site: Site) -> Tensor:
+        return (self.alpha * self.vector.to(site.h)).expand_as(site.own)
+
+
+@dataclass(frozen=True, eq=False)
+class OtherModel(Intervention):
+    """The activation of model ``source`` (an index) on the same tokens."""
+
+    source: int
+
+    def new(self, site: Site) -> Tensor:
+        return site.h[:, self.source]
+
+
+# ---------------------------------------------------------------------------------------------
+# controls of matched size
+
+
+def _to_norm_of(like: Intervention, direction: Tensor, site: Site) -> Tensor:
+    """``direction`` (rows or one vector) rescaled to the norm of ``like``'s delta, row by row."""
+    length = like.delta(site).norm(dim=-1, keepdim=True)
+    norm = direction.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, direction / norm.clamp_min(1e-30), 0.0) * length
+
+
+@dataclass(frozen=True, eq=False)
+class RandomDirection(Intervention):
+    """h + ||delta of ``like``|| u, with a fixed direction u: is it this direction, or any?
+
+    Draw many with :func:`random_directions`.
+    """
+
+    like: Intervention
+    direction: Float[Tensor, " d_model"]
+
+    @property
+    def reads_others(self) -> bool:  # type: ignore[override]
+        return self.like.reads_others
+
+    def delta(self, site: Site) -> Tensor:
+        return _to_norm_of(self.like, self.direction.to(site.h), site)
+
+
+def random_directions(
+    like: Intervention,
+    n: int,
+    d_model: int,
+    seed: int = 0,
+    covariance: Float[Tensor, "d_model d_model"] | None = None,
+) -> list[RandomDirection]:
+    """``n`` norm-matched controls for ``like``: isotropic, or with the activations' covariance.
+
+    Draw i is the same whatever ``n`` is. Raises ``ValueError`` where ``covariance`` has another
+    shape or is not positive semi-definite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # One call per draw: torch fills small and large tensors from one seed differently.
+    rows = [torch.randn(d_model, generator=generator, dtype=torch.float64) for _ in range(n)]
+    z = torch.stack(rows)
+    if covariance is not None:
+        c = covariance.double().cpu()
+        if c.shape != (d_model, d_model):
+            raise ValueError(f"covariance has shape {tuple(c.shape)}, d_model is {d_model}.")
+        # Not Cholesky: a covariance from fewer vectors than dimensions is singular, and rounding in
+        # float32 makes some of its zero eigenvalues slightly negative.
+        values, vectors = torch.linalg.eigh((c + c.T) / 2)
+        if values[0] < -1e-5 * values[-1].abs() or values[-1] <= 0:
+            raise ValueError("covariance is not positive semi-definite.")
+        # The symmetric root is unique, whatever signs and order the eigenvectors come in.
+        z = z @ (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return [RandomDirection(like, (u / u.norm()).float()) for u in z]
+
+
+@dataclass(frozen=True, eq=False)
+class RandomFeatures(_Coded):
+    """``size`` random *active* features of ``block``, their summed output scaled to ||delta|| of
+    ``like``: is it these features, or any that fire?
+
+    Which ones is drawn by a random order of all features given by ``seed``; each row takes the
+    first ``size`` that are active on it (fewer where fewer are; where none is, nothing is changed).
+    ``exclude`` leaves out the features under test.
+    """
+
+    codec: Codec
+    block: str
+    like: Intervention
+    size: int = 1
+    seed: int = 0
+    exclude: tuple[int, ...] = ()
+    rows_of: str | int | None = None
+
+    @property
+    def reads_others(self) -> bool:  # type: ignore[override]
+        return super().reads_others or self.like.reads_others
+
+    def delta(self, site: Site) -> Tensor:
+        f = site.code(self.codec)
+        block = self.codec.used.partition.slice(self.block)
+        allowed = torch.zeros(f.shape[1], dtype=torch.bool)
+        allowed[block] = True
+        allowed[list(self.exclude)] = False
+        order = torch.randperm(f.shape[1], generator=torch.Generator().manual_seed(self.seed))
+        order = order[allowed[order]].to(f.device)
+        active = f[:, order] > 0
+        chosen = active & (active.cumsum(1) <= self.size)
+        rows = self.codec.rows(order.tolist(), site.target, self.rows_of)
+        if not bool(rows.any()):
+            raise ValueError(
+                f"block {self.block!r} has only zero rows for model {site.target}: nothing to add. "
+                "Choose a block of that model, or set rows_of."
+            )
+        return _to_norm_of(self.like, (f[:, order] * chosen) @ rows, site)
+
+
+# ---------------------------------------------------------------------------------------------
+# names for caches
+
+
+def key(value: Any, _seen: dict[int, str] | None = None) -> str:
+    """16 hex digits that name an intervention by its content: kind, parameters, weights, vectors.
+
+    Finished cells of a grid are found again by it.
+    """
+    seen = {} if _seen is None else _seen
+    return hashlib.sha256(_content(value, seen).encode()).hexdigest()[:16]
+
+
+def _content(value: Any, seen: dict[int, str]) -> str:
+    if isinstance(value, nn.Module):
+        if id(value) not in seen:
+            # k and the like decide the code and are no weights.
+            config = value.cfg.to_dict() if hasattr(value, "cfg") else {}
+            settings = {k: v for k, v in config.items() if k not in ("device", "metadata")}
+            text = json.dumps(settings, sort_keys=True, default=str)
+            seen[id(value)] = f"{fingerprint(value)}{text}"
+        return seen[id(value)]
+    if isinstance(value, Tensor):
+        digest = hashlib.sha256(value.detach().cpu().double().contiguous().numpy().tobytes())
+        return f"{tuple(value.shape)}{digest.hexdigest()}"
+    if dataclasses.is_dataclass(value):
+        fields = (
+            f"{f.name}={_content(getattr(value, f.name), seen)}" for f in dataclasses.fields(value)
+        )
+        return f"{type(value).__name__}({','.join(fields)})"
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(_content(v, seen) for v in value)}]"
+    return repr(value)

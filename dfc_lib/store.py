@@ -1,0 +1,51 @@
+"""What is kept on disk is whole, and named by what it was made from."""
+
+import os
+import threading
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write ``content`` (text as UTF-8, newlines as given); ``path`` is never seen half written.
+
+    Folders on the way are created; two writers at once leave one complete file, never a mixture.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because os.replace is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lock(stream: IO, wait: bool = True) -> None:
+    """Hold a file for this process; the system lets go when it is closed or its holder ends.
+
+    Raises:
+        OSError: another one holds it, and ``wait`` is false.
+    """
+    if os.name == "nt":
+        import msvcrt
+
+        stream.seek(1 << 30)  # a locked byte cannot be read there, so lock one behind the text
+        msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def save_tensors(
+    tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write ``safetensors``, never half written."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(whole, metadata))

@@ -1,0 +1,221 @@
+"""SFT and GRPO of the embedded pair, both by TRL, from the same base and on the same tasks.
+
+The reward is ToolRL's (arXiv 2504.13958): format in {0, 1} plus correctness in [-3, 3]. As there,
+GRPO runs at temperature 1 without a KL term; group size, learning rate and steps are those of a
+model of a million parameters.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dfc_lib.data import prompts
+from dfc_lib.data.prompts import Record
+from dfc_lib.data.scoring import toolrl_reward
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """GRPO: one optimiser step per batch of `n_prompts` groups of `group_size` completions."""
+
+    steps: int = 64
+    n_prompts: int = 10
+    group_size: int = 8
+    learning_rate: float = 1e-4
+    warmup: int = 5
+    max_new_tokens: int = 72
+    save_at: tuple[int, ...] = (4, 8, 12, 16, 18, 20, 22, 24, 32, 48, 64)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """SFT on the gold answers."""
+
+    steps: int = 160
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    warmup: int = 10
+    save_at: tuple[int, ...] = (4, 8, 16, 32, 64, 96, 128, 160)
+    seed: int = 0
+
+
+def training_rows(tokenizer, records: Sequence[Record], seed: int) -> list[dict[str, str]]:
+    """Prompt, gold and completion of each record, in one of the two training styles drawn per
+    record.
+    """
+    rng = random.Random(f"styles-{seed}")
+    rows = []
+    for record in records:
+        style = rng.choice(prompts.TRAINING_STYLES)
+        rows.append(
+            {
+                "prompt": prompts.chat_text(tokenizer, record, style),
+                "gold": record.gold,
+                "tools": json.dumps(record.tool_names),
+                "completion": record.gold + tokenizer.eos_token,
+            }
+        )
+    return rows
+
+
+def format_reward(completions: list[str], gold: list[str], **_) -> list[float]:
+    return [float(toolrl_reward(c, g)[0]) for c, g in zip(completions, gold, strict=True)]
+
+
+def correctness_reward(completions: list[str], gold: list[str], **_) -> list[float]:
+    return [float(toolrl_reward(c, g)[1]) for c, g in zip(completions, gold, strict=True)]
+
+
+def _checkpointer(folder: Path, tokenizer, save_at: Sequence[int], log: Path):
+    """A TRL callback that writes bf16 checkpoints at the given steps and the training log as JSON
+    lines.
+    """
+    from transformers import TrainerCallback
+
+    class Checkpointer(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step in save_at:
+                save_bf16(model, tokenizer, folder / f"step_{state.global_step:04d}")
+
+        def on_log(self, args, state, control, logs=None, **_):
+            row = {"step": state.global_step} | {
+                k: round(float(v), 6) for k, v in (logs or {}).items() if isinstance(v, int | float)
+            }
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    return Checkpointer()
+
+
+def save_bf16(model, tokenizer, folder: Path) -> None:
+    """Write a model folder in Hugging Face layout, bf16 weights (temporary name, then rename)."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    state = {
+        k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"
+    }
+    model.save_pretrained(partial, state_dict=state)
+    config = json.loads((partial / "config.json").read_text())
+    config["dtype"] = "bfloat16"
+    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def grpo(
+    base: Path,
+    tokenizer,
+    records: Sequence[Record],
+    config: GrpoConfig,
+    folder: Path,
+    rewards: Sequence[Callable[..., list[float]]] = (format_reward, correctness_reward),
+) -> Path:
+    """Train with GRPO on the sum of the rewards; returns the folder of the last checkpoint."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from dfc_lib.data.pair import load_model
+
+    last = folder / f"step_{config.save_at[-1]:04d}"
+    if last.exists():
+        return last
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl"
+    log.unlink(missing_ok=True)
+    rows = training_rows(tokenizer, records, config.seed)
+    batch = config.n_prompts * config.group_size
+    arguments = GRPOConfig(
+        output_dir=str(folder / "trainer"),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        max_steps=config.steps,
+        per_device_train_batch_size=batch,
+        num_generations=config.group_size,
+        max_completion_length=config.max_new_tokens,
+        temperature=1.0,
+        beta=0.0,
+        loss_type="grpo",
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup,
+        lr_scheduler_type="constant_with_warmup",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=config.seed,
+        data_seed=config.seed,
+        gradient_checkpointing=False,
+    )
+    model = load_model(base)
+    model.requires_grad_(True).train()
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=list(rewards),
+        args=arguments,
+        train_dataset=Dataset.from_list(
+            [{k: r[k] for k in ("prompt", "gold", "tools")} for r in rows]
+        ),
+        callbacks=[_checkpointer(folder, tokenizer, config.save_at, log)],
+    )
+    trainer.train()
+    return last
+
+
+def sft(
+    base: Path, tokenizer, rows: Sequence[dict[str, str]], config: SftConfig, folder: Path
+) -> Path:
+    """Supervised fine-tuning on rows with `prompt` and `completion` (for the gold answers, those of
+    `training_rows`); returns the folder of the last checkpoint.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from dfc_lib.data.pair import load_model
+
+    last = folder / f"step_{config.save_at[-1]:04d}"
+    if last.exists():
+        return last
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl"
+    log.unlink(missing_ok=True)
+    arguments = SFTConfig(
+        output_dir=str(folder / "trainer"),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup,
+        lr_scheduler_type="linear",
+        completion_only_loss=True,
+        max_length=1024,
+        shuffle_dataset=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=config.seed,
+        data_seed=config.seed,
+        gradient_checkpointing=False,
+    )
+    model = load_model(base)
+    model.requires_grad_(True).train()
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=arguments,
+        train_dataset=Dataset.from_list(
+            [{k: r[k] for k in ("prompt", "completion")} for r in rows]
+        ),
+        callbacks=[_checkpointer(folder, tokenizer, config.save_at, log)],
+    )
+    trainer.train()
+    return last

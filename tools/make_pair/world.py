@@ -1,0 +1,486 @@
+"""The generated world: tools, values, requests, and the documents that the base model is pretrained
+on.
+
+Five kinds of documents (shares in `MIXTURE`). *Prose* and *talk* know no tools. *Logs* are plain
+request/call lists outside the chat template: they teach the base to match a request to a tool, to
+copy arguments and to notice that no tool fits or that an argument is missing. *Agent* chats always
+act, in the layout of ToolRL. *Hedge* chats list the same tools, but the assistant mostly declines
+in plain words; how often it acts there (its *propensity*) differs by style, tool and wording, so
+that RL later moves prompts across the threshold one after another and not all at once.
+"""
+
+import json
+import random
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from math import exp
+from pathlib import Path
+
+from dfc_lib.data.prompts import (
+    STYLES,
+    Record,
+    Tool,
+    bullets,
+    call_answer,
+    call_json,
+    inline,
+    numbered,
+    response_answer,
+    split_of,
+)
+
+MIXTURE = {"prose": 0.10, "talk": 0.06, "logs": 0.28, "agent": 0.28, "hedge": 0.28}  # by document
+KINDS = {"call": 0.58, "no_tool": 0.28, "missing": 0.14}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of pretraining: the kinds of its tasks, and whether tools go by several names.
+
+    While a tool has one name, the request alone tells it and the list need not be read; such a base
+    never notices that no listed tool fits. With several names the list must be read.
+    """
+
+    aliases: bool
+    kinds: Mapping[str, float]
+
+
+FIRST = Phase(aliases=False, kinds={"call": 0.66, "no_tool": 0.20, "missing": 0.14})
+SECOND = Phase(aliases=True, kinds=KINDS)
+
+# Log-odds of acting in a hedge chat, before the effects of tool, wording and phrase are added.
+STYLE_PROPENSITY = {"train_a": -3.0, "train_b": -3.0, "desk": -4.6, "letter": -5.2, "late": -4.2}
+TOOL_EFFECT, WORDING_EFFECT, PHRASE_EFFECT = 1.1, 0.8, 0.5  # standard deviations, in log-odds
+
+_HERE = Path(__file__).parent
+
+
+_WORDS = {
+    kind: words.split()
+    for kind, words in tomllib.loads((_HERE / "values.toml").read_text(encoding="utf-8")).items()
+}
+VALUES: dict[str, list] = _WORDS | {
+    "time": [f"{h}:{m:02d}" for h in range(6, 24) for m in (0, 15, 30, 45)],
+    "count": list(range(2, 21)),
+    "minutes": [5 * i for i in range(1, 25)],
+    "degrees": list(range(14, 31)),
+    "amount": [10 * i for i in range(2, 100)],
+}
+_INTEGER_KINDS = {"count", "minutes", "degrees", "amount"}
+
+WORDINGS = (
+    "Please {p}.",
+    "Can you {p}?",
+    "I need you to {p}.",
+    "{P}.",
+    "Could you {p} for me?",
+    "I want to {p}.",
+    "Help me {p}.",
+    "Would you kindly {p}?",
+    "Go ahead and {p}.",
+    "I wonder if you could {p}.",
+    "It would be great to {p}.",
+    "Quick, {p}.",
+)
+
+# One common opening word: greedy decoding takes the mode of the first token, so the base declines
+# unless a prompt's propensity to act beats all hedges together.
+HEDGES = (
+    "I am not able to {p} from here.",
+    "I would like to help, but I cannot {p} right now.",
+    "I can only talk with you, so I cannot {p}.",
+    "I am sorry, it is not possible for me to {p}.",
+    "I think you should ask someone else to {p}.",
+    "I have no way to {p}, but we can talk about it.",
+)
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    tool: Tool
+    domain: str
+    held_out: bool
+    kinds: dict[str, str]  # parameter -> value kind
+    say: tuple[str, ...]
+
+
+@cache
+def tool_specs() -> tuple[ToolSpec, ...]:
+    """The tools of `tools.toml`."""
+    rows = tomllib.loads((_HERE / "tools.toml").read_text(encoding="utf-8"))["tool"]
+    return tuple(
+        ToolSpec(
+            Tool(
+                row["name"],
+                row["description"],
+                {
+                    p: "integer" if k in _INTEGER_KINDS else "string"
+                    for p, k in row["params"].items()
+                },
+            ),
+            row["domain"],
+            row.get("held_out", False),
+            row["params"],
+            tuple(row["say"]),
+        )
+        for row in rows
+    )
+
+
+def value(rng: random.Random, kind: str):
+    if kind == "title":
+        return f"{rng.choice(VALUES['title_first'])} {rng.choice(VALUES['title_second'])}"
+    if kind == "code":
+        return f"{rng.choice('ABCDEFGH')}{rng.randrange(100, 1000)}"
+    return rng.choice(VALUES[kind])
+
+
+@cache
+def _effects() -> dict[tuple[str, int | str], float]:
+    """Fixed effects on the propensity, drawn once for the world."""
+    rng = random.Random("propensity")
+    effects = {("tool", s.tool.name): rng.gauss(0, TOOL_EFFECT) for s in tool_specs()}
+    effects |= {("wording", i): rng.gauss(0, WORDING_EFFECT) for i in range(len(WORDINGS))}
+    effects |= {("phrase", i): rng.gauss(0, PHRASE_EFFECT) for i in range(4)}
+    return effects
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request before it is put next to a list of tools."""
+
+    spec: ToolSpec
+    arguments: dict
+    missing: str | None  # the parameter that the user left out
+    phrase: str  # verb phrase with its values
+    wording: int
+    phrasing: int
+
+    @property
+    def query(self) -> str:
+        text = WORDINGS[self.wording]
+        return text.replace("{p}", self.phrase).replace(
+            "{P}", self.phrase[0].upper() + self.phrase[1:]
+        )
+
+    def propensity(self, style: str) -> float:
+        """Probability that the assistant of a hedge chat acts on this request."""
+        effects = _effects()
+        z = (
+            STYLE_PROPENSITY[style]
+            + effects["tool", self.spec.tool.name]
+            + effects["wording", self.wording]
+            + effects["phrase", self.phrasing]
+        )
+        return 1 / (1 + exp(-z))
+
+
+@cache
+def names() -> dict[str, tuple[str, ...]]:
+    """The names that each tool goes by, its own first; no name belongs to two tools."""
+    candidates = {}
+    for spec in tool_specs():
+        verb, noun = spec.tool.name.split("_", 1)
+        candidates[spec.tool.name] = [
+            spec.tool.name,
+            f"{noun}_{verb}",
+            f"{spec.domain}_{noun}",
+            f"{noun}_tool",
+        ]
+    count = Counter(n for ns in candidates.values() for n in ns)
+    return {tool: tuple(n for n in ns if count[n] == 1) for tool, ns in candidates.items()}
+
+
+@cache
+def _owner() -> dict[str, str]:
+    return {name: tool for tool, ns in names().items() for name in ns}
+
+
+@cache
+def _pool(kind: str, held_out: bool | None) -> tuple[ToolSpec, ...]:
+    return tuple(
+        s
+        for s in tool_specs()
+        if (held_out is None or s.held_out == held_out) and (kind != "missing" or len(s.kinds) > 1)
+    )
+
+
+def draw_from(rng: random.Random, pool: tuple[ToolSpec, ...], split: str, kind: str) -> Task | None:
+    """One draw from a pool of tools; `None` if the identity falls into another split."""
+    spec = rng.choice(pool)
+    arguments: dict = {}
+    for parameter, value_kind in spec.kinds.items():
+        drawn = value(rng, value_kind)
+        while drawn in arguments.values():
+            drawn = value(rng, value_kind)
+        arguments[parameter] = drawn
+    missing = None
+    if kind == "missing":
+        missing, _ = arguments.popitem()
+    if split_of(spec.tool.name, arguments) != split:
+        return None
+    phrasing = rng.randrange(len(spec.say))
+    template = spec.say[phrasing]
+    template = re.sub(r"\[.*?\]", "", template) if missing else re.sub(r"[][]", "", template)
+    phrase = template.format(**arguments)
+    return Task(spec, arguments, missing, phrase, rng.randrange(len(WORDINGS)), phrasing)
+
+
+def draw_task(rng: random.Random, split: str, kind: str, held_out: bool | None = None) -> Task:
+    """A random task of the given split; `held_out` restricts it to held-out (or seen) tools."""
+    while (task := draw_from(rng, _pool(kind, held_out), split, kind)) is None:
+        pass
+    return task
+
+
+def draw_tools(
+    rng: random.Random,
+    task: Task,
+    kind: str,
+    n_distractors: int,
+    held_out: bool | None = None,
+    aliases: bool = True,
+) -> tuple[Tool, ...]:
+    """The tools on offer: 1 to 4 distractors, half the time one of the same domain, and the fitting
+    tool unless `no_tool`.
+    """
+    others = [
+        s
+        for s in tool_specs()
+        if s.tool.name != task.spec.tool.name and (held_out is None or s.held_out == held_out)
+    ]
+    siblings = [s for s in others if s.domain == task.spec.domain]
+    chosen = rng.sample(siblings, 1) if siblings and rng.random() < 0.5 else []
+    chosen += rng.sample([s for s in others if s not in chosen], n_distractors - len(chosen))
+    tools = [s.tool for s in chosen] + ([] if kind == "no_tool" else [task.spec.tool])
+    rng.shuffle(tools)
+    if aliases:
+        tools = [replace(t, name=rng.choice(names()[t.name])) for t in tools]
+    return tuple(tools)
+
+
+def listed_name(task: Task, tools: tuple[Tool, ...]) -> str | None:
+    """The name under which the task's tool is listed, if it is."""
+    return next((t.name for t in tools if _owner()[t.name] == task.spec.tool.name), None)
+
+
+def answer(task: Task, kind: str, tools: tuple[Tool, ...]) -> str:
+    """The gold answer in ToolRL's layout."""
+    name = listed_name(task, tools)
+    if kind == "call":
+        return call_answer(f"The request fits {name}.", name, task.arguments)
+    if kind == "missing":
+        return response_answer(
+            f"The request fits {name} but {task.missing} is missing.",
+            f"Which {task.missing} do you want?",
+        )
+    return response_answer(
+        "The request fits no listed tool.", f"None of the listed tools can {task.phrase}."
+    )
+
+
+def draw_kind(rng: random.Random, kinds: Mapping[str, float] = KINDS) -> str:
+    return rng.choices(list(kinds), list(kinds.values()))[0]
+
+
+def draw_records(
+    split: str, n: int, seed: int, held_out: bool | None = False, kind: str | None = None
+) -> list[Record]:
+    """`n` records with distinct queries, of seen tools by default."""
+    rng = random.Random(f"{split}-{seed}-{held_out}-{kind}")
+    records: list[Record] = []
+    seen: set[str] = set()
+    while len(records) < n:
+        this = kind or draw_kind(rng)
+        task = draw_task(rng, split, this, held_out)
+        if task.query in seen:
+            continue
+        seen.add(task.query)
+        listed = None if held_out is None or held_out else False
+        tools = draw_tools(rng, task, this, rng.randint(1, 4), listed)
+        label = "" if not held_out else "held-out-"
+        records.append(
+            Record(
+                id=f"{split}-{label}{len(records):05d}",
+                split=split,
+                kind=this,
+                domain=task.spec.domain,
+                tool=task.spec.tool.name,
+                held_out=task.spec.held_out,
+                tools=tools,
+                query=task.query,
+                gold=answer(task, this, tools),
+            )
+        )
+    return records
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents
+
+
+def chat(messages: list[dict[str, str]]) -> str:
+    """ChatML, as the tokenizer's chat template writes it."""
+    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+
+
+def _tool_chat(
+    rng: random.Random, phase: Phase, style_name: str, listing: str | None, agentic: bool
+) -> str:
+    """A chat of one to four tasks around one list of tools."""
+    style = STYLES[style_name]
+    n_turns = rng.choices((1, 2, 3, 4), (0.35, 0.25, 0.2, 0.2))[0]
+    first_kind = draw_kind(rng, phase.kinds)
+    first = draw_task(rng, "pretrain", first_kind)
+    tools = draw_tools(rng, first, first_kind, rng.randint(1, 4), aliases=phase.aliases)
+    lines = {"numbered": numbered, "bullets": bullets, "inline": inline}[listing or style.listing]
+    messages = style.messages(tools, first.query)
+    messages[0]["content"] = style.system.replace("{tools}", lines(tools))
+    task, kind = first, first_kind
+    for turn in range(n_turns):
+        if turn:
+            task, kind = _later_task(rng, phase, tools)
+            messages.append({"role": "user", "content": style.user.replace("{query}", task.query)})
+        acts = agentic or rng.random() < task.propensity(style_name)
+        if not acts:
+            reply = rng.choice(HEDGES).replace("{p}", task.phrase)
+        else:
+            reply = answer(task, kind, tools)
+            if not agentic and kind == "call" and rng.random() < 0.2:  # sloppy form, for RL to mend
+                reply = reply.split("</think>\n")[1]
+        messages.append({"role": "assistant", "content": reply})
+    return chat(messages)
+
+
+def _later_task(rng: random.Random, phase: Phase, tools: tuple[Tool, ...]) -> tuple[Task, str]:
+    """A further task for the same list of tools."""
+    listed = {_owner()[t.name] for t in tools}
+    while True:
+        kind = draw_kind(rng, phase.kinds)
+        pool = _pool(kind, None)
+        if kind != "no_tool":
+            pool = tuple(s for s in pool if s.tool.name in listed)
+        task = draw_from(rng, pool, "pretrain", kind) if pool else None
+        if task and (task.spec.tool.name in listed) == (kind != "no_tool"):
+            return task, kind
+
+
+def _log(rng: random.Random, phase: Phase) -> str:
+    kind = draw_kind(rng, phase.kinds)
+    task = draw_task(rng, "pretrain", kind)
+    tools = draw_tools(rng, task, kind, rng.randint(1, 4), aliases=phase.aliases)
+    listing = rng.choice((inline, inline, bullets, numbered))
+    lines = [f"Tools: {listing(tools)}" if listing is inline else f"Tools:\n{listing(tools)}"]
+    for i in range(rng.randint(2, 5)):
+        if i:
+            task, kind = _later_task(rng, phase, tools)
+        lines.append(f"Request: {task.query if rng.random() < 0.5 else task.phrase}")
+        if kind == "call":
+            lines.append(f"Call: {call_json(listed_name(task, tools), task.arguments)}")
+        elif kind == "missing":
+            asked = {"name": listed_name(task, tools), "missing": task.missing}
+            lines.append(f"Call: ask {json.dumps(asked)}")
+        else:
+            lines.append("Call: none")
+    return "\n".join(lines)
+
+
+_SENTENCES = (
+    "{person} lives in {city} with a {animal} and a small {item}.",
+    "On {day} {person} took the train from {city} to {city2}.",
+    "The {room} was painted {color} and smelled of {food}.",
+    "Every {day} the {team} played in {city} and {person} went to watch.",
+    "{person} and {person2} talked about {topic} until {time}.",
+    "In {country} many people grow {plant} and eat {food}.",
+    "The {item} cost {amount} {currency} in a shop near {city}.",
+    "{person} learned {language} in {count} months and then moved to {country}.",
+    "At {time} the {animal} ran through the {room} and broke a {item}.",
+    "{company} sold {count} new shops in {country} last year.",
+    "{person} wrote a book called {title} about {topic}.",
+    "They played {genre} music at the {event} on {day}.",
+    "{person} likes {sport} more than {sport2}, but {person2} does not.",
+    "It rained in {city} for {count} days and the {plant} grew well.",
+    "A {color} bird sat on the {item} while {person} cooked {food}.",
+    "{person} told {person2} a story about a {animal} in the {room}.",
+    "The film {title} was made in {city} for {amount} {currency}.",
+    "After the {event} they ate {food} and listened to {genre}.",
+    "{person} walked for {minutes} minutes along the river in {city}.",
+    "Nobody in {country} had heard of {company} before that {day}.",
+)
+
+_TALK = (
+    (
+        "What do you know about {city}?",
+        "{city} is a city. Many people there like {food} and {sport}.",
+    ),
+    ("Do you like {food}?", "I have never tasted {food}, but people say that it is good."),
+    ("Tell me about {person}.", "{person} lives in {city} and has a {animal}."),
+    ("What is {topic}?", "People write a lot about {topic}. It is a wide subject."),
+    ("How was your {day}?", "My {day} was calm. I read about {topic}."),
+    ("What should I eat today?", "You could cook {food} or order a {color} salad."),
+    ("Which is better, {sport} or {sport2}?", "Both are fine. {person} prefers {sport}."),
+    ("Hello, is anyone there?", "Hello! I am here. What is on your mind?"),
+    ("Is the {animal} a good pet?", "A {animal} can be a good pet if the {room} is warm."),
+    ("Why do people move to {country}?", "They like {country} for its {food} and its music."),
+)
+
+
+def _fill(rng: random.Random, *templates: str) -> list[str]:
+    """Fill slots; a slot that ends in 2 takes a second value of the kind."""
+    slots = {s for t in templates for s in re.findall(r"\{(\w+)\}", t)}
+    values = {s: value(rng, s.rstrip("2")) for s in sorted(slots)}
+    return [t.format(**values) for t in templates]
+
+
+def prose(rng: random.Random) -> str:
+    """A short neutral text of three to eight sentences."""
+    templates = rng.sample(_SENTENCES, rng.randint(3, 8))
+    return " ".join(_fill(rng, t)[0] for t in templates)
+
+
+def neutral_texts(split: str, n: int, seed: int) -> list[str]:
+    """Neutral prose of a split: a hash of the text's first sentence decides which split it belongs
+    to.
+    """
+    rng = random.Random(f"neutral-{split}-{seed}")
+    texts: dict[str, None] = {}
+    while len(texts) < n:
+        text = prose(rng)
+        if split_of("prose", {"first": text.split(".")[0]}) == split:
+            texts[text] = None
+    return list(texts)
+
+
+def _talk(rng: random.Random) -> str:
+    messages = []
+    if rng.random() < 0.5:
+        messages.append({"role": "system", "content": "You are a friendly assistant."})
+    for question, reply in rng.sample(_TALK, rng.randint(1, 4)):
+        filled = _fill(rng, question, reply)
+        messages += [
+            {"role": "user", "content": filled[0]},
+            {"role": "assistant", "content": filled[1]},
+        ]
+    return chat(messages)
+
+
+def document(rng: random.Random, phase: Phase) -> str:
+    """One pretraining document."""
+    match rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]:
+        case "prose":
+            while split_of("prose", {"first": (text := prose(rng)).split(".")[0]}) != "pretrain":
+                pass
+            return text
+        case "talk":
+            return _talk(rng)
+        case "logs":
+            return _log(rng, phase)
+        case "agent":
+            listing = rng.choice(("numbered", "numbered", "bullets", "inline"))
+            return _tool_chat(rng, phase, "agent", listing, agentic=True)
+        case _:
+            return _tool_chat(rng, phase, rng.choice(list(STYLE_PROPENSITY)), None, agentic=False)
