@@ -20,10 +20,8 @@ import ast
 import contextlib
 import hashlib
 import heapq
-import io
 import json
 import re
-import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,10 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from dfc_lib import paths, store
-
-PACKAGE = "dfc_lib"
-
-_NAMES_DATA = re.compile(r"\w[\w/-]*\.(?!py$)\w+")
+from dfc_lib.provenance import Library, code_text, digest
 
 
 class CompendiumError(Exception):
@@ -157,102 +152,6 @@ def with_needs(notebooks: dict[str, Notebook], names: Iterable[str]) -> list[str
     return [name for name in notebooks if name in wanted]
 
 
-def code_text(source: str, *, docstrings: bool = False) -> str:
-    """``source`` without comments, blank lines and, unless ``docstrings``, docstrings.
-
-    What cannot be parsed is returned as it is, so that any edit to it counts as a change.
-    """
-    source = source.replace("\r\n", "\n")
-    try:
-        tree = ast.parse(source)
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (SyntaxError, tokenize.TokenError):
-        return source
-    lines = source.split("\n")
-    for token in tokens:
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for node in [] if docstrings else ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            first = node.body[0]
-            start, end = first.lineno - 1, first.end_lineno
-            before = lines[start].encode()[: first.col_offset]
-            after = lines[end - 1].encode()[first.end_col_offset :]
-            if not before.strip() and not after.strip():  # nothing else stands on its lines
-                lines[start:end] = [""] * (end - start)
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
-@dataclass
-class Library:
-    """The modules of ``root/dfc_lib``: what each depends on, and a hash of each one's code."""
-
-    root: Path
-    _direct: dict[str, set[str]] = field(default_factory=dict)
-    _fingerprints: dict[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        found = {}
-        for path in sorted((self.root / PACKAGE).rglob("*.py")):
-            parts = path.relative_to(self.root).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-        return found
-
-    def imported(self, source: str, package: str = "") -> set[str]:
-        """Modules that ``source`` imports or names in a string, and the packages above them.
-
-        ``package`` is what relative imports start from. A string counts because of
-        ``importlib.import_module("dfc_lib.x")`` and ``python -m dfc_lib.x``.
-        """
-        tree = ast.parse(source)
-        names = _strings_in(tree)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                up = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
-                base = ".".join([*up, *([node.module] if node.module else [])])
-                names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-        modules: set[str] = set()
-        for steps in (name.split(".") for name in names & set(self.files)):
-            modules |= {".".join(steps[: i + 1]) for i in range(len(steps))}
-        return modules & set(self.files)
-
-    def closure(self, sources: Iterable[str]) -> list[str]:
-        """Every library module that code with these sources reaches."""
-        todo: set[str] = set().union(*(self.imported(source) for source in sources))
-        reached: set[str] = set()
-        while todo:
-            name = todo.pop()
-            reached.add(name)
-            if name not in self._direct:
-                path = self.files[name]
-                package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-                try:
-                    self._direct[name] = self.imported(path.read_text(encoding="utf-8"), package)
-                except SyntaxError as error:
-                    raise CompendiumError(f"{path}:{error.lineno}: {error.msg}") from error
-            todo |= self._direct[name] - reached
-        return sorted(reached)
-
-    def fingerprint(self, name: str) -> str:
-        """A hash of one module's code and of the data files beside it that it names."""
-        if name not in self._fingerprints:
-            path = self.files[name]
-            source = path.read_text(encoding="utf-8")
-            parts = [code_text(source)]
-            for text in sorted(_strings_in(ast.parse(source))):
-                beside = path.parent / text if _NAMES_DATA.fullmatch(text) else None
-                if beside and beside.is_file():
-                    data = beside.read_bytes().replace(b"\r\n", b"\n")
-                    parts.append(hashlib.sha256(data).hexdigest())
-            self._fingerprints[name] = digest(parts)
-        return self._fingerprints[name]
-
-
 @dataclass
 class Contents:
     """SHA-256 of files and folders, remembered by size and time so that rechecking is quick."""
@@ -347,18 +246,8 @@ def code_hash(notebook: str, profile: str) -> str:
     return Keys(paths.ROOT, profile, contents, load_notebooks(paths.ROOT)).key(notebook)
 
 
-def digest(items: Iterable) -> str:
-    """The sha256 of a list of JSON values."""
-    return hashlib.sha256(json.dumps(list(items)).encode()).hexdigest()
-
-
 def _joined(source: str | list[str]) -> str:
     return source if isinstance(source, str) else "".join(source)
-
-
-def _strings_in(tree: ast.AST) -> set[str]:
-    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return {value for value in constants if isinstance(value, str)}
 
 
 def _without_magics(source: str) -> str:

@@ -7,20 +7,18 @@ from typing import Literal
 import pandas as pd
 
 from dfc_lib import paths
-from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Partition
-from dfc_lib.crosscoder.training import TrainConfig, get_or_train, load_metrics, run_directory
+from dfc_lib.crosscoder.training import Job, TrainConfig, load_metrics, run_directory
 from dfc_lib.data.activations import Activations
 from dfc_lib.profiles import Profile
 
 
 @dataclass(frozen=True)
-class Reference:
+class Recipe:
     """The crosscoders that the notebooks share: a protocol, trained on one of the caches of 01.
 
-    >>> reference = Reference(profiles.get("toy"))
-    >>> dfc = reference.get(seed=0)  # trained the first time, loaded from then on
-    >>> tied = Reference(profiles.get("toy"), tie_shared=True).get(seed=0)
+    >>> tied = Recipe(profiles.get("toy"), tie_shared=True)
+    >>> dfc = study.crosscoders({"tied": tied}, seeds=[0])["tied", 0]  # trained once, then loaded
 
     Attributes:
         profile: sets the sizes and the budget.
@@ -71,19 +69,12 @@ class Reference:
             seed=seed,
         )
 
-    def get(self, seed: int = 0, progress: bool = True) -> Crosscoder:
-        """The crosscoder of a seed, by ``get_or_train``."""
+    def job(self, seed: int = 0) -> Job:
+        """What :func:`training.get_all` trains, or finds trained."""
         labels = None
         if self.protocol == "published":
             labels = self.activations.rows["source"].factorize(sort=True)[0]
-        return get_or_train(
-            self.config(seed),
-            self.activations,
-            paths.build(self.profile.name),
-            self.activations.key,
-            labels=labels,
-            progress=progress,
-        )
+        return Job(self.config(seed), self.activations, self.activations.key, labels)
 
     def metrics(self, seed: int = 0) -> pd.DataFrame:
         """What ``load_metrics`` gives for the run of a seed."""
@@ -91,15 +82,15 @@ class Reference:
         return load_metrics(run_directory(self.config(seed), build, self.activations.key))
 
 
-def references(profile: Profile) -> dict[str, Reference]:
+def recipes(profile: Profile) -> dict[str, Recipe]:
     """The DFCs that the notebooks compare, by name: what they learn from, and whether the shared
     decoder rows are tied; and the published recipe.
     """
     variants = {
-        f"{vectors} {'tied' if tied else 'untied'}": Reference(
+        f"{vectors} {'tied' if tied else 'untied'}": Recipe(
             profile, vectors=vectors, tie_shared=tied
         )
         for vectors in ("all", "last")
         for tied in (False, True)
     }
-    return variants | {"published": Reference(profile, "published")}
+    return variants | {"published": Recipe(profile, "published")}

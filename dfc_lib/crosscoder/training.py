@@ -186,36 +186,51 @@ def get_or_train(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A crosscoder to be had: what decides its weights, and where its activations come from.
+
+    Attributes:
+        activations: as in ``train``, or a function that returns them, called only if needed.
+        data_key: identifies activations *and* labels, such as the ``key`` of a cache.
+    """
+
+    config: TrainConfig
+    activations: AnyActivations | Callable[[], AnyActivations]
+    data_key: str
+    labels: Int[np.ndarray, " n"] | None = None
+
+    def run(self, build_dir: str | Path, progress: bool = True) -> Crosscoder:
+        """The crosscoder, by ``get_or_train``."""
+        return get_or_train(
+            self.config, self.activations, build_dir, self.data_key, self.labels, progress
+        )
+
+
 Name = TypeVar("Name", bound=Hashable)
 
 
 def get_all(
-    makers: Mapping[Name, Callable[..., Crosscoder]], workers: int, progress: bool = True
+    jobs: Mapping[Name, Job], build_dir: str | Path, workers: int = 1, progress: bool = True
 ) -> dict[Name, Crosscoder]:
     """Many crosscoders, by name; ``workers`` are trained at a time.
-
-    >>> makers = {seed: partial(reference.get, seed) for seed in range(10)}
-    >>> dfcs = get_all(makers, profile.side_by_side)
 
     Small products do not gain from a second core, whole runs do. Each small run uses the one thread
     that it would use alone, so its weights are the same (``_threads``).
 
-    Args:
-        makers: functions that ``get_or_train`` and take ``progress``.
-
     Raises:
-        what a maker raises, once the runs that had begun have stopped; the others are not begun.
+        what a run raises, once the runs that had begun have stopped; the others are not begun.
     """
     done = {}
     with (
         ThreadPoolExecutor(
-            max(1, min(workers, len(makers))),
+            max(1, min(workers, len(jobs))),
             initializer=torch.set_num_threads,  # else a new thread's are what another one has set
             initargs=(torch.get_num_threads(),),
         ) as pool,
-        tqdm(total=len(makers), unit=" crosscoders", disable=not progress) as bar,
+        tqdm(total=len(jobs), unit=" crosscoders", disable=not progress) as bar,
     ):
-        waiting = {pool.submit(maker, progress=False): name for name, maker in makers.items()}
+        waiting = {pool.submit(job.run, build_dir, False): name for name, job in jobs.items()}
         try:
             for future in as_completed(waiting):
                 done[waiting[future]] = future.result()
@@ -225,7 +240,7 @@ def get_all(
             raise
         finally:
             torch.set_num_threads(torch.get_num_threads())  # a worker's became all new threads'
-    return {name: done[name] for name in makers}
+    return {name: done[name] for name in jobs}
 
 
 def run_directory(config: TrainConfig, build_dir: str | Path, data_key: str) -> Path:

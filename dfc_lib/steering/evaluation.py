@@ -5,7 +5,7 @@ log(1 - p(opener)), with the openers `<think>` and `<tool_call>`; greedy decodin
 exceeds the best other token. It is continuous where the rates are binary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,8 +141,9 @@ def intervene(
     pair: "Pair",
     target: str,
     records: Sequence[Record],
-    interventions: "Mapping[str, Intervention]",
+    interventions: "Mapping[Hashable, Intervention]",
     *,
+    levels: Sequence[str] = ("cell",),
     style: str = prompts.FIXED_STYLE,
     prefill: str = "",
     position: generation.Position = "last",
@@ -155,14 +156,27 @@ def intervene(
     """Greedy behaviour of model `target` on records under every intervention (see
     `generation.generate`, which also explains `position`, `batch_size`, `prefix_cache`, `out_dir`).
 
+    Args:
+        interventions: by name: a tuple with one value a level. A shorter one (or a single value)
+            leaves the levels behind it missing.
+        levels: what the values of a name mean; they are columns of the result.
+
     Returns:
-        one line per (record, cell), records outermost: `prompt` (index of the record), `cell`,
+        one line per (record, cell), records outermost: `prompt` (index of the record), `levels`,
         `delta` (||delta|| / ||h||), `response`, `margin`, and the columns of `score`.
+
+    Raises:
+        ValueError: there are no records, or a name has more values than there are levels.
     """
     import pandas as pd
 
     if not records:
         raise ValueError("records is empty; there is nothing to generate")
+    named = {name: name if isinstance(name, tuple) else (name,) for name in interventions}
+    for name in named.values():
+        if len(name) > len(levels):
+            raise ValueError(f"cell {name} has more values than the levels {tuple(levels)}")
+    named = {name: values + (None,) * (len(levels) - len(values)) for name, values in named.items()}
     texts = [prompts.chat_text(pair.tokenizer, r, style, prefill) for r in records]
     generated = generation.generate(
         pair,
@@ -183,7 +197,9 @@ def intervene(
     for row, m in zip(generated.itertuples(), margins.tolist(), strict=True):
         response = prefill + pair.tokenizer.decode(row.tokens)
         rows.append(
-            {"prompt": row.prompt, "cell": row.cell, "delta": row.delta}
+            {"prompt": row.prompt}
+            | dict(zip(levels, named[row.cell], strict=True))
+            | {"delta": row.delta}
             | {"response": response, "margin": m}
             | score(records[row.prompt], response)
         )

@@ -1,0 +1,76 @@
+"""Readings: what a notebook found for a claim, one row each, judged elsewhere (``claims``)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import nan
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dfc_lib.profiles import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One number for one claim, in the claim's own unit.
+
+    Attributes:
+        claim: the claim's id, ``C4``.
+        id: names the reading, unique within the claim; short words.
+        what: what was done and measured, for a reader.
+        setting: pair, prompt and site.
+        outcome: ``lenient``, ``strict``, ``margin``, ...
+        effect, low, high: the number and its interval.
+        interval: the interval's kind, in words (``95 % bootstrap over prompts``).
+        unit: the unit of replication: what ``n`` counts (``prompts``, ``crosscoder seeds``).
+        control: the strongest control, by name; empty where there is none.
+        control_effect: its number.
+        over, over_low, over_high: effect minus control, paired where it can be.
+        positive_control: what shows that the test could have come out otherwise, and its number.
+        primary: the reading that the claim's verdict stands on.
+        note: what a reader should know beside it.
+    """
+
+    claim: str
+    id: str
+    what: str
+    effect: float
+    low: float
+    high: float
+    n: int
+    setting: str = ""
+    outcome: str = "lenient"
+    interval: str = "95 % bootstrap over prompts"
+    unit: str = "prompts"
+    control: str = ""
+    control_effect: float = nan
+    over: float = nan
+    over_low: float = nan
+    over_high: float = nan
+    positive_control: str = ""
+    positive_effect: float = nan
+    positive_low: float = nan
+    positive_high: float = nan
+    primary: bool = False
+    note: str = ""
+
+
+def save_readings(number: str, readings: Sequence[Reading], profile: "Profile") -> "pd.DataFrame":
+    """Write ``<number>_readings``, one row per reading; returns the table.
+
+    Raises:
+        ValueError: two readings of a claim have the same id.
+    """
+    import pandas as pd
+
+    from dfc_lib.results import figures
+
+    names = [(one.claim, one.id) for one in readings]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{number}_readings: these ids stand twice: {twice}")
+    table = pd.DataFrame([asdict(one) for one in readings])
+    claims = ", ".join(sorted({one.claim for one in readings}))
+    caption = f"What this notebook found for the claims {claims}: effects with their intervals."
+    figures.save_table(f"{number}_readings", table, caption, profile=profile)
+    return table

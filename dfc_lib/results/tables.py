@@ -1,0 +1,87 @@
+"""From outcomes (one line per prompt and cell) to the lines of a figure's table."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dfc_lib.results import statistics
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import ArrayLike
+
+
+def paired_table(
+    frame: "pd.DataFrame",
+    levels: str | Sequence[str],
+    metrics: Sequence[str] = ("lenient",),
+    *,
+    before: str = "clean",
+    means: Sequence[str] = (),
+    seed: int = 0,
+    n_bootstrap: int = 10_000,
+) -> "pd.DataFrame":
+    """What every cell changes, prompt by prompt.
+
+    Where a combination of levels holds several lines per prompt (seeds, random draws), they are
+    averaged within each prompt first; the interval resamples prompts.
+
+    Args:
+        frame: outcomes, from :meth:`dfc_lib.study.Study.run`.
+        levels: the columns that name a line of the result, the first one being where ``before``
+            stands. Missing values count as values.
+        metrics: outcomes, such as ``lenient`` or ``margin``.
+        before: what is compared with.
+        means: columns whose plain means are added, such as ``delta``.
+
+    Returns:
+        ``levels``, ``metric``, ``mean``, ``gain`` (mean difference from ``before``) with its
+        bootstrap interval ``low``, ``high``, ``n`` prompts, of these ``rescued`` (higher than
+        before) and ``broken`` (lower), and ``means``; in the order of ``frame``, metrics outermost.
+    """
+    import pandas as pd
+
+    levels = [levels] if isinstance(levels, str) else list(levels)
+    alone = frame[frame[levels[0]] == before].groupby("prompt")
+    rows = []
+    for metric in metrics:
+        start = alone[metric].mean()
+        for name, part in frame.groupby(levels, sort=False, dropna=False):
+            if name[0] == before:
+                continue
+            end = part.groupby("prompt")[metric].mean().loc[start.index]
+            d = statistics.paired_difference(start, end, seed=seed, n_bootstrap=n_bootstrap)
+            row = dict(zip(levels, name, strict=True)) | {"metric": metric, "mean": end.mean()}
+            row |= {"gain": d.mean, "low": d.bootstrap_low, "high": d.bootstrap_high, "n": d.n}
+            row |= {"rescued": d.n_rescued, "broken": d.n_broken}
+            rows.append(row | {column: part[column].mean() for column in means})
+    return pd.DataFrame(rows)
+
+
+def over_seeds(values: "ArrayLike", confidence: float = 0.95) -> dict[str, float]:
+    """``estimate``, the mean over runs, with its t interval ``low``, ``high``; ``n`` runs."""
+    values = np.asarray(values, dtype=float)
+    d = statistics.paired_difference(
+        np.zeros(len(values)), values, n_bootstrap=2, confidence=confidence
+    )
+    return {"estimate": d.mean, "low": d.t_low, "high": d.t_high, "n": d.n}
+
+
+def rate_row(outcomes: "ArrayLike", exact: bool = False) -> dict[str, float]:
+    """``estimate``, the share of trues, with its interval ``low``, ``high``; ``n`` of them.
+
+    Args:
+        outcomes: 0/1 or bools.
+        exact: the exact binomial interval (Clopper and Pearson), else Wilson's.
+    """
+    outcomes = np.asarray(outcomes, dtype=float)
+    interval = (statistics.exact_binomial if exact else statistics.wilson)(
+        int(outcomes.sum()), len(outcomes)
+    )
+    return {
+        "estimate": float(outcomes.mean()),
+        "low": interval.low,
+        "high": interval.high,
+        "n": len(outcomes),
+    }

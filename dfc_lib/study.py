@@ -1,0 +1,189 @@
+"""What a notebook opens first: the models, prompts and crosscoders of a profile, and a way to ask.
+
+>>> study = Study.open("toy")
+>>> dfcs = study.crosscoders(["last tied"], seeds=[0, 1])  # by (recipe, seed)
+>>> cells = {("clean",): Clean()} | {
+...     ("steered", seed, alpha): Steer(Codec(dfc), (17,), alpha)
+...     for (_, seed), dfc in dfcs.items() for alpha in (2.0, 4.0)
+... }
+>>> frame = study.run(cells, study.calls("evaluation"), levels=("cell", "seed", "alpha"))
+
+Everything that takes long is kept in the profile's build folder under a name that says what it was
+made from, so asking twice costs nothing and a killed run goes on.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfc_lib import paths, profiles
+from dfc_lib.profiles import Profile
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    import pandas as pd
+
+    from dfc_lib.crosscoder.model import Crosscoder
+    from dfc_lib.crosscoder.recipes import Recipe
+    from dfc_lib.crosscoder.training import Job
+    from dfc_lib.data.activations import Activations
+    from dfc_lib.data.pair import Pair
+    from dfc_lib.data.prompts import Record
+    from dfc_lib.steering.interventions import Intervention
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A profile with its models, prompts, caches and crosscoders, each loaded when first asked for.
+
+    Attributes:
+        profile: sets the sizes and budgets.
+        sources: the models of :attr:`pair` by name; default: the profile's A and B. Another pair of
+            the same family is another study: ``Study(profile, {"A": ..., "B": ...}, layer=2)``.
+        layer: the site; default: the profile's.
+    """
+
+    profile: Profile
+    sources: Mapping[str, str | Path] | None = None
+    layer: int | None = None
+
+    @classmethod
+    def open(cls, profile: str) -> "Study":
+        """Of a profile by name or file; ``DFC_PROFILE`` overrides, see :func:`profiles.load`."""
+        return cls(profiles.load(profile))
+
+    # -- what there is
+
+    @property
+    def build(self) -> Path:
+        """Where what this study makes is kept."""
+        return paths.build(self.profile.name)
+
+    @cached_property
+    def pair(self) -> "Pair":
+        """Both models, their tokenizer and the site."""
+        from dfc_lib.data.pair import load_pair
+
+        p = self.profile
+        sources = self.sources or {"A": p.location(p.model_a), "B": p.location(p.model_b)}
+        layer = p.layer if self.layer is None else self.layer
+        return load_pair(sources, layer, dtype=p.dtype, device=p.device)
+
+    def records(self, split: str) -> "list[Record]":
+        """All prompts of a split."""
+        from dfc_lib.data import corpora
+
+        return corpora.records(self.profile, split)
+
+    def calls(self, split: str, n: int | None = None, held_out: bool = False) -> "list[Record]":
+        """The first ``n`` (default: all) prompts of a split whose gold is a call.
+
+        Args:
+            held_out: of the tools that no training run has seen, instead of the others.
+        """
+        records = self.records(split)
+        return [r for r in records if r.kind == "call" and r.held_out == held_out][:n]
+
+    def no_calls(self, split: str, n: int | None = None) -> "list[Record]":
+        """The first ``n`` prompts of a split that need no call, of tools that were seen."""
+        return [r for r in self.records(split) if r.kind != "call" and not r.held_out][:n]
+
+    def neutral(self, split: str, n: int | None = None) -> list[str]:
+        """The first ``n`` neutral texts of a split."""
+        from dfc_lib.data import corpora
+
+        return corpora.neutral(self.profile, split)[:n]
+
+    def ids(self, records: "Sequence[Record]", style: str | None = None) -> list[list[int]]:
+        """Prompts as token ids in a style (default: the fixed prompt, which RL never saw)."""
+        from dfc_lib.data import prompts
+
+        tokenizer, style = self.pair.tokenizer, style or prompts.FIXED_STYLE
+        return prompts.encode(tokenizer, [prompts.chat_text(tokenizer, r, style) for r in records])
+
+    def cache(self, name: str) -> "Activations":
+        """A cache of activations that notebook 01 made: ``train_all``, ``train_last``, ..."""
+        from dfc_lib.data.activations import Activations
+
+        return Activations.open(self.build / "activations" / name)
+
+    @cached_property
+    def recipes(self) -> "dict[str, Recipe]":
+        """The recipes of crosscoders that the notebooks share, by name."""
+        from dfc_lib.crosscoder import recipes
+
+        return recipes.recipes(self.profile)
+
+    # -- crosscoders
+
+    def crosscoders(
+        self,
+        recipes: "Mapping[str, Recipe] | Iterable[str] | None" = None,
+        seeds: Iterable[int] | None = None,
+        progress: bool = True,
+    ) -> "dict[tuple[str, int], Crosscoder]":
+        """Crosscoders by (recipe, seed), trained where they are not yet.
+
+        Args:
+            recipes: by name, or names of :attr:`recipes`; default: all of these.
+            seeds: default: the profile's.
+        """
+        if not isinstance(recipes, Mapping):
+            names = self.recipes if recipes is None else recipes
+            recipes = {name: self.recipes[name] for name in names}
+        seeds = self.profile.seeds if seeds is None else list(seeds)
+        jobs = {(name, s): recipe.job(s) for name, recipe in recipes.items() for s in seeds}
+        return self.train(jobs, progress)
+
+    def train(self, jobs: "Mapping[Any, Job]", progress: bool = True) -> "dict[Any, Crosscoder]":
+        """As :meth:`crosscoders`, for any jobs, by the jobs' names."""
+        from dfc_lib.crosscoder import training
+
+        return training.get_all(jobs, self.build, self.profile.side_by_side, progress)
+
+    # -- what models do
+
+    def evaluate(
+        self, model: Any, records: "Sequence[Record]", style: str, **options: Any
+    ) -> "pd.DataFrame":
+        """What a model does on prompts when it is left alone; see ``evaluation.evaluate``.
+
+        Args:
+            model: one of the pair's by name, or any other with the pair's tokenizer.
+        """
+        from dfc_lib.steering import evaluation
+
+        model = self.pair.models[model] if isinstance(model, str) else model
+        limits = {
+            "batch_size": self.profile.batch_generation,
+            "max_new_tokens": self.profile.max_new_tokens,
+        }
+        return evaluation.evaluate(model, self.pair.tokenizer, records, style, **(limits | options))
+
+    def run(
+        self,
+        cells: "Mapping[Hashable, Intervention]",
+        records: "Sequence[Record]",
+        target: str = "A",
+        *,
+        levels: Sequence[str] = ("cell",),
+        **options: Any,
+    ) -> "pd.DataFrame":
+        """What a model does under every intervention; see ``evaluation.intervene``.
+
+        Args:
+            cells: the grid; each cell is named by a tuple, one value a level. A shorter tuple (or
+                a single value) leaves the levels behind it missing.
+            levels: what the values of a name mean; they are columns of the result.
+        """
+        from dfc_lib.steering import evaluation
+
+        options = {
+            "batch_size": 4 * self.profile.batch_generation,
+            "max_new_tokens": self.profile.max_new_tokens,
+            "out_dir": self.build / "generations",
+        } | options
+        return evaluation.intervene(self.pair, target, records, cells, levels=levels, **options)
