@@ -3,7 +3,7 @@
     python -m tools.runner run     what is stale, in order; --notebook 05, --profile smoke,
                                      -p NAME=VALUE, --output DIR, --force, --jobs 1
     python -m tools.runner status  which notebooks and figures are stale, and why
-    python -m tools.runner check   the whole sequence through nbval; --lax compares marked cells
+    python -m tools.runner check   the whole sequence through nbval, marked cells compared
 
 A notebook is *fresh* while its key (see :mod:`tools.freshness`) and everything it wrote last time
 are unchanged. Results go to ``notebooks/`` and ``figures/`` at the published profile, to
@@ -218,34 +218,24 @@ def status(project: Project) -> str:
 
 
 def check(
-    project: Project,
-    wanted: Iterable[str] = (),
-    *,
-    lax: bool = True,
-    timeout: float = 7200,
-    cell_timeout: float = 1800,
-    jobs: int = 0,
+    project: Project, wanted: Iterable[str] = (), *, timeout: float = 7200, jobs: int = 0
 ) -> int:
     """Execute the notebooks through nbval, each in a pytest process; returns the first bad status.
 
     Cells marked ``# NBVAL_CHECK_OUTPUT`` are compared with their stored output at every profile,
-    those marked ``# REGRESS`` at the published one (``conftest.py``), without ``lax`` all others
-    too. Figures go to ``build/<profile>/check/figures``; times are in seconds.
+    those marked ``# REGRESS`` at the published one (``conftest.py``). Figures go to
+    ``build/<profile>/check/figures``; ``timeout`` is in seconds, for all of them.
 
     Raises:
         CompendiumError: there is no notebook, another run is in progress, or time is up.
     """
     notebooks = _some_notebooks(project)
     targets = with_needs(notebooks, select(notebooks, wanted) or notebooks)
-    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={project.root}"]
-    options += ["--nbval-lax" if lax else "--nbval", "--nbval-current-env", "--durations=2"]
-    options += [f"--nbval-kernel-startup-timeout={execute.START_TIMEOUT}"]
-    options += [f"--nbval-cell-timeout={cell_timeout:g}"]
     checked = Project(project.root, project.profile, output=project.build / "check")
     codes: list[int] = []
 
     def begin(name: str, _: str, beside: int) -> Job:
-        return execute.begin_check(checked, name, options, beside)
+        return execute.begin_check(checked, name, beside)
 
     def finish(job: Job) -> None:
         print(job.report(), flush=True)
@@ -258,9 +248,8 @@ def check(
         _in_order(notebooks, targets, lambda _: "checked", begin, finish, jobs, timeout)
     if project.published:
         made = sorted(path.name for path in checked.figures.glob("*.csv"))
-        same, other, absent = filecmp.cmpfiles(
-            checked.figures, project.figures, made, shallow=False
-        )
+        both = checked.figures, project.figures
+        same, other, absent = filecmp.cmpfiles(*both, made, shallow=False)
         print(f"{len(same)} of {len(made)} CSVs are byte-identical to figures/")
         print("".join(f"    differs: {name}\n" for name in other + absent), end="")
     return next(filter(None, codes), 0)
@@ -325,10 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--output", type=Path, metavar="DIR", help="a folder for the results")
     parser.add_argument("--force", action="store_true", help="run even what is fresh")
-    parser.add_argument("--lax", action="store_true", help="check: compare marked cells only")
     parser.add_argument("--jobs", type=int, default=0, help="notebooks at a time")
     parser.add_argument("--timeout", type=float, default=7200, help="check: seconds for it all")
-    parser.add_argument("--cell-timeout", type=float, default=1800, help="check: per cell")
     parser.add_argument("--root", type=Path, default=paths.ROOT, help="another compendium")
     options = parser.parse_args(arguments)
     try:
@@ -337,8 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "status":
             print(status(project))
         elif options.command == "check":
-            limits = {"timeout": options.timeout, "cell_timeout": options.cell_timeout}
-            return check(project, options.notebook, lax=options.lax, jobs=options.jobs, **limits)
+            return check(project, options.notebook, timeout=options.timeout, jobs=options.jobs)
         else:
             overrides = parse_overrides(options.overrides)
             run(project, options.notebook, overrides, force=options.force, jobs=options.jobs)
