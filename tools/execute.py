@@ -306,9 +306,8 @@ def _machine_path(root: Path, notebook: dict) -> str | None:
     folders = {str(root), sys.prefix, str(Path.home())} - {"/"}
     alternatives = [rf"(?<![\w.-]){re.escape(folder)}(?![\w-])" for folder in folders]
     pattern = re.compile("|".join([*alternatives, r"ipykernel_\d+"]))
-    for cell in notebook["cells"]:
-        # A line of text is a line of JSON here. In the base64 of a picture no such path stands.
-        for line in json.dumps(cell.get("outputs", []), indent=0, ensure_ascii=False).splitlines():
-            if pattern.search(line):
-                return line.strip()[:200]
-    return None
+    # A line of text is a line of JSON here. In the base64 of a picture no such path stands.
+    outputs = [cell.get("outputs", []) for cell in notebook["cells"]]
+    lines = json.dumps(outputs, indent=0, ensure_ascii=False).splitlines()
+    found = next(filter(pattern.search, lines), None)
+    return found and found[:200]

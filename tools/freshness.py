@@ -107,7 +107,8 @@ def load_notebooks(root: Path) -> dict[str, Notebook]:
     """The numbered notebooks of ``root/notebooks``, each after those it needs, else by number.
 
     Raises:
-        CompendiumError: a file is no notebook, a need names none, or needs run in a circle.
+        CompendiumError: there is none, or a file is no notebook, a need names none, or needs run
+            in a circle.
     """
     found: dict[str, Notebook] = {}
     for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
@@ -122,6 +123,8 @@ def load_notebooks(root: Path) -> dict[str, Notebook]:
                 f"{path} is no notebook ({error}); restore it with git"
             ) from error
         found[path.stem] = Notebook(path, content)
+    if not found:
+        raise CompendiumError(f"no numbered notebooks in {root / 'notebooks'}")
     needs = {name: set(notebook.declared("needs")) for name, notebook in found.items()}
     for name in found:
         for need in needs[name] - set(found):

@@ -53,7 +53,7 @@ def run(
         CompendiumError: as :mod:`tools.execute`, once those that had begun are done; or an unknown
             parameter, or another run in progress.
     """
-    notebooks = _some_notebooks(project)
+    notebooks = project.notebooks
     targets = select(notebooks, wanted) or list(notebooks)
     if (overrides or project.output) and not wanted:
         raise CompendiumError("parameters and an output folder go with a notebook: --notebook 05")
@@ -203,17 +203,18 @@ def status(project: Project) -> str:
         condition = "fresh" if why is None else "stale" if state else "new"
         seconds = f"{state['seconds']:.0f}" if state else "-"
         lines.append(f"{name:28}{condition:8}{seconds:>8}  {why or ''}".rstrip())
-    lines += ["", f"{'figure or table':36}{'age':>8}  from"]
+    lines += ["", f"{'figure or table':36}{'made':18}from"]
     for row in rows:
         files = [project.figures / file for file in row["files"]]
         if all(file.exists() for file in files):
-            age = _age(max(file.stat().st_mtime for file in files))
+            latest = max(file.stat().st_mtime for file in files)
+            made = f"{datetime.fromtimestamp(latest):%Y-%m-%d %H:%M}"
             condition = "stale" if stale.get(row["notebook"]) else "fresh"
         else:
-            age, condition = "-", "missing"
+            made, condition = "-", "missing"
         if row["notebook"] not in stale:
             condition = "orphan: there is no such notebook"
-        lines.append(f"{row['id']:36}{age:>8}  {row['notebook']} ({condition})")
+        lines.append(f"{row['id']:36}{made:18}{row['notebook']} ({condition})")
     return "\n".join(lines if rows else [*lines, "none yet; make figures"])
 
 
@@ -227,9 +228,9 @@ def check(
     ``build/<profile>/check/figures``; ``timeout`` is in seconds, for all of them.
 
     Raises:
-        CompendiumError: there is no notebook, another run is in progress, or time is up.
+        CompendiumError: another run is in progress, or time is up.
     """
-    notebooks = _some_notebooks(project)
+    notebooks = project.notebooks
     targets = with_needs(notebooks, select(notebooks, wanted) or notebooks)
     checked = Project(project.root, project.profile, output=project.build / "check")
     codes: list[int] = []
@@ -253,18 +254,6 @@ def check(
         print(f"{len(same)} of {len(made)} CSVs are byte-identical to figures/")
         print("".join(f"    differs: {name}\n" for name in other + absent), end="")
     return next(filter(None, codes), 0)
-
-
-def _some_notebooks(project: Project) -> dict[str, Notebook]:
-    if not project.notebooks:
-        raise CompendiumError(f"no numbered notebooks in {project.root / 'notebooks'}")
-    return project.notebooks
-
-
-def _age(moment: float) -> str:
-    seconds = time.time() - moment
-    units = (("d", 86400), ("h", 3600), ("min", 60))
-    return next((f"{seconds / n:.0f} {unit}" for unit, n in units if seconds >= n), "now")
 
 
 @contextlib.contextmanager
