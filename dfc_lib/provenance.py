@@ -9,6 +9,7 @@ import ast
 import hashlib
 import io
 import json
+import os
 import re
 import tokenize
 from collections.abc import Iterable
@@ -135,6 +136,12 @@ def code_hash(*modules: str) -> str:
         raise KeyError(f"the library has no module {', '.join(sorted(unknown))}")
     reached = library.closure(sources)
     return digest([name, library.fingerprint(name)] for name in reached)[:16]
+
+
+def arithmetic() -> dict[str, str]:
+    """The environment's settings that choose the instructions of float sums, where they are set."""
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def digest(items: Iterable) -> str:
