@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,9 +155,9 @@ def saved(profile: Profile) -> dict[str, str]:
     return {row["id"]: row["notebook"] for row in sorted(rows, key=lambda row: row["id"])}
 
 
-def remedy(notebook: str, profile: Profile) -> str:
-    """The command that runs a notebook, by number or name, at a profile."""
-    return f"make figures NB={notebook} PROFILE={profile.name}"
+def remedy(numbers: str, profile: Profile) -> str:
+    """The command that runs notebooks at a profile: ``05``, or several as in ``05 06``."""
+    return f"make figures NB={shlex.quote(numbers)} PROFILE={profile.name}"
 
 
 def read_manifest(place: Path) -> list[dict]:
