@@ -22,8 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dfc_lib import paths, provenance, store
 from dfc_lib.profiles import Profile
 
@@ -198,6 +196,8 @@ def rate_points(
     **options: Any,
 ) -> None:
     """Draw rates (0 to 1) with their intervals ``[low, high]``, all of one length."""
+    import numpy as np
+
     rate, low, high = (np.asarray(values, dtype=float) for values in (rate, low, high))
     # A bound can pass its own estimate by a rounding error, which errorbar refuses.
     whiskers = np.clip([rate - low, high - rate], 0, None)
