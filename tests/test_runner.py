@@ -279,6 +279,11 @@ def test_a_profile_counts_by_its_values(ran):
     assert states() == [("stale", "profile")] * 3
 
 
+def test_another_arithmetic_makes_everything_stale(ran, monkeypatch):
+    monkeypatch.setenv("DFC_ARITHMETIC", "native")
+    assert stale(ran)["02_alone"] == "changed: arithmetic"
+
+
 @pytest.mark.parametrize("file", ["figures/00_values.csv", "build/toy/state/00_first.json"])
 def test_a_deleted_result_makes_its_notebook_stale(ran, file):
     """`make figures` must bring back what somebody deleted."""
@@ -623,6 +628,13 @@ def test_magics_are_read_over_and_other_breakage_is_reported(tmp_path):
     write_notebook(root, "03_magic", ["1", "def f(:\n  pass"])
     with pytest.raises(CompendiumError, match=r"03_magic\.ipynb, code cell 2, line 1"):
         runner.Project(root, TOY).parts("03_magic")
+
+
+def test_a_module_that_is_not_python_is_named(fresh):
+    """A library in the middle of an edit is no reason for a traceback of the runner's."""
+    edit(fresh / "dfc_lib/gamma.py", "TABLE", "TABLE = (")
+    with pytest.raises(CompendiumError, match=r"gamma\.py:1: "):
+        runner.Project(fresh, TOY).parts("01_second")
 
 
 # nbval
