@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import nan, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -72,16 +72,6 @@ class Explanation:
     rule: tuple[Predicate, ...] = ()
 
 
-class Explainer(Protocol):
-    """Explains a feature from examples, and says on which other examples it should be active."""
-
-    def explain(self, examples: Sequence[Example]) -> Explanation: ...
-
-    def judge(
-        self, explanation: Explanation, examples: Sequence[Example]
-    ) -> list[bool | None]: ...  # None: no answer that could be read
-
-
 @dataclass(frozen=True)
 class PredicateExplainer:
     """The predicate, or the conjunction of two, that best tells the examples apart.
@@ -99,6 +89,7 @@ class PredicateExplainer:
     margin: float = 0.02
 
     def explain(self, examples: Sequence[Example]) -> Explanation:
+        """What separates the active examples from the others."""
         rows = np.concatenate([np.arange(e.start, e.stop) for e in examples])
         sizes = [e.stop - e.start for e in examples]
         window = np.repeat(np.arange(len(examples)), sizes)
@@ -145,7 +136,8 @@ class PredicateExplainer:
                 made.append(Predicate(words, structural, tokens=tokens, previous=previous))
         return made
 
-    def judge(self, explanation: Explanation, examples: Sequence[Example]) -> list[bool | None]:
+    def judge(self, explanation: Explanation, examples: Sequence[Example]) -> list[bool]:
+        """On which examples a feature of that explanation should be active."""
         answers = []
         for e in examples:
             rows = np.array([e.centre]) if e.highlight else np.arange(e.start, e.stop)
@@ -208,6 +200,7 @@ class OpenAIExplainer:
         return cls(model, Path(cache_dir), base_url, key, **options)
 
     def explain(self, examples: Sequence[Example]) -> Explanation:
+        """What the model says that the active examples have in common."""
         largest, shown = max(max(e.activations) for e in examples), []
         for e in (e for e in examples if e.active):
             on = [(t, a) for t, a in zip(e.tokens, e.activations, strict=True) if a > 0]
@@ -218,12 +211,12 @@ class OpenAIExplainer:
         said, structural = answer.get("explanation"), answer.get("structural")
         if not isinstance(said, str) or not said.strip():
             return Explanation("", "unknown")
-        kind = (
-            "structural" if structural is True else "content" if structural is False else "unknown"
-        )
-        return Explanation(said.strip(), kind)
+        if not isinstance(structural, bool):
+            return Explanation(said.strip(), "unknown")
+        return Explanation(said.strip(), "structural" if structural else "content")
 
     def judge(self, explanation: Explanation, examples: Sequence[Example]) -> list[bool | None]:
+        """As :meth:`PredicateExplainer.judge`; None where no answer could be read."""
         if not explanation.text:
             return [None] * len(examples)
         answers: list[bool | None] = []
@@ -318,7 +311,10 @@ def balanced_accuracy(truth: Sequence[bool], answers: Sequence[bool | None]) -> 
 
 
 def interpret(
-    cases: Mapping[Hashable, Examples], explainer: Explainer, seed: int = 0, progress: bool = True
+    cases: Mapping[Hashable, Examples],
+    explainer: PredicateExplainer | OpenAIExplainer,
+    seed: int = 0,
+    progress: bool = True,
 ) -> "pd.DataFrame":
     """Explain every feature, score it, and score it again with another feature's explanation.
 
