@@ -80,15 +80,13 @@ def residual(
     """
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        error = _SiteReached()
-        error.value = output[0] if isinstance(output, tuple) else output
-        raise error
+        raise _SiteReached(output[0] if isinstance(output, tuple) else output)
 
     hook = model.model.layers[layer].register_forward_hook(leave)
     try:
         model.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
     except _SiteReached as reached:
-        return reached.value
+        return reached.args[0]
     finally:
         hook.remove()
     raise AssertionError("the model's forward pass did not go through its own block")
