@@ -22,7 +22,9 @@ def where(table: "pd.DataFrame", **values: Hashable) -> "pd.DataFrame":
     for column, value in values.items():
         found = found[found[column] == value]
     if found.empty:
-        held = "; ".join(f"{column}: {sorted(map(str, table[column].unique()))}" for column in values)
+        held = "; ".join(
+            f"{column}: {sorted(map(str, table[column].unique()))}" for column in values
+        )
         raise ValueError(f"no line with {values}; the table holds {held}")
     return found
 
