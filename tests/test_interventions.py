@@ -303,6 +303,7 @@ class Own(Base):
     '''{doc}'''
 
     ratio: float
+    reads_others = {reads_others}
 
     @property
     def twice(self):
@@ -315,8 +316,10 @@ def test_the_source_of_a_kind_from_elsewhere_is_part_of_the_key(tmp_path, monkey
     """A class of a notebook that was edited must not find the cells of the one before."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def made(number, ratio=0.5, delta="self.ratio * site.own", doc="As it was.", twice="2"):
-        source = OWN.format(delta=delta, doc=doc, twice=twice)
+    def made(
+        number, ratio=0.5, delta="self.ratio * site.own", doc="Is.", twice="2", reads_others="True"
+    ):
+        source = OWN.format(delta=delta, doc=doc, twice=twice, reads_others=reads_others)
         name = f"own_{where}_{number}"
         if where == "module":
             (tmp_path / f"{name}.py").write_text(source)
@@ -330,7 +333,8 @@ def test_the_source_of_a_kind_from_elsewhere_is_part_of_the_key(tmp_path, monkey
     first = iv.key(made(0))
     assert iv.key(made(1, doc="Other words.")) == first
     others = [made(2, ratio=0.6), made(3, delta="2 * self.ratio * site.own"), made(4, twice="3")]
-    assert len({first, *map(iv.key, others)}) == 4
+    others.append(made(5, reads_others="False"))
+    assert len({first, *map(iv.key, others)}) == 5
 
 
 def test_a_setting_of_the_crosscoder_is_part_of_the_key(crosscoder):

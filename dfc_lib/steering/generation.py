@@ -265,10 +265,8 @@ class _Grid:
         patched, ratios = self._apply(cell, lambda c: apply(self.cells[c], site), prompt)
         # Cells that give a prompt the same vector (alpha = 1, a silent feature) decode alike: once.
         labelled = torch.cat([prompt[:, None].to(patched.dtype), patched], 1)
-        _, row_of = torch.unique(labelled, dim=0, return_inverse=True)  # sorted by prompt
-        first_of = torch.empty(int(row_of.max()) + 1, dtype=torch.long, device=stream.device)
-        first_of[row_of.flip(0)] = torch.arange(len(prompt), device=stream.device).flip(0)
-        group, patched = prompt[first_of], patched[first_of].to(stream.dtype)
+        distinct, row_of = torch.unique(labelled, dim=0, return_inverse=True)  # sorted by prompt
+        group, patched = distinct[:, 0].long(), distinct[:, 1:].to(stream.dtype).contiguous()
 
         prefixes = dict.fromkeys(stream.lower, Prefix(found.lower, lengths, group))
         prefixes |= dict.fromkeys(stream.upper, Prefix(found.upper, lengths - 1, group))

@@ -465,12 +465,20 @@ def _content(value: Any, seen: dict[int, str]) -> str:
 
 
 def _source(kind: type) -> str:
-    """A class's code; in Jupyter, where only functions know their source, that of its methods."""
-    for things in ([kind], [getattr(v, "fget", v) for v in vars(kind).values()]):
+    """A class's code; in Jupyter, where only functions know theirs, that of its members."""
+    try:
+        return _code(kind)
+    except (OSError, TypeError):
         texts = []
-        for thing in things:
-            with suppress(OSError, TypeError):  # dataclass writes methods that have no source
-                texts.append(code_text(textwrap.dedent(inspect.getsource(thing))))
-        if texts:
-            break
-    return "".join(texts)
+        for name, value in vars(kind).items():
+            value = getattr(value, "fget", value)  # of a property
+            if inspect.isfunction(value):
+                with suppress(OSError):  # dataclass writes methods that have no source
+                    texts.append(_code(value))
+            elif isinstance(value, bool | int | float | str) and not name.startswith("__"):
+                texts.append(f"{name}={value!r}")
+        return "".join(texts)
+
+
+def _code(thing: Any) -> str:
+    return code_text(textwrap.dedent(inspect.getsource(thing)))
