@@ -1,12 +1,19 @@
 """What is kept on disk is whole, and named by what it was made from."""
 
+import hashlib
+import json
 import os
 import threading
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def key(*parts: Any) -> str:
+    """16 hex digits that name what JSON values describe."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
