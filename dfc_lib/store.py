@@ -1,9 +1,13 @@
 """What is kept on disk is whole, and named by what it was made from."""
 
+import hashlib
+import json
 import os
 import threading
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,21 +28,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def lock(stream: IO, wait: bool = True) -> None:
-    """Hold a file for this process; the system lets go when it is closed or its holder ends.
+def lock(path: Path) -> FileLock:
+    """Hold a file for as long as ``with lock(path):`` lasts; a second holder waits.
 
-    Raises:
-        OSError: another one holds it, and ``wait`` is false.
+    The system lets go of it when its holder ends, however that happens.
     """
-    if os.name == "nt":
-        import msvcrt
+    return FileLock(path)
 
-        stream.seek(1 << 30)  # a locked byte cannot be read there, so lock one behind the text
-        msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
 
-        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+def key(*parts: Any) -> str:
+    """16 hex digits that name JSON values: what a thing was made from."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_tensors(
