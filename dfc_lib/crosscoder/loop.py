@@ -9,6 +9,7 @@ the final weights come out identical to the last bit (same machine, and for larg
 number of threads; see ``_threads``).
 """
 
+import csv
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -298,8 +299,9 @@ class Run:
                     self.optimiser.state[param] = {"step": count, **moments}
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to start again") from error
-        rows = pd.read_csv(self.directory / METRICS_FILE, float_precision="round_trip")
-        self.rows = rows[rows["step"] <= self.step].to_dict("records")
+        with open(self.directory / METRICS_FILE, newline="") as file:  # pandas may round
+            rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+        self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= self.step]
 
     def finish(self) -> None:
         self._write_metrics()
