@@ -2,7 +2,7 @@
 
     python benchmarks/train_crosscoder.py                      # toy size
     python benchmarks/train_crosscoder.py --size paper         # the sizes of arXiv 2606.26474
-    python benchmarks/train_crosscoder.py --size all --quick   # smallest paper size only, few rounds
+    python benchmarks/train_crosscoder.py --size all --quick   # one paper size, few rounds
 
 Paper sizes: d_model 2048, D 8192 and 16384, k 45, 90 and 160, batch 1024. Contenders, all in
 float32 on the same random activations of two models, auxiliary loss off:
