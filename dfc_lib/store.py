@@ -4,13 +4,24 @@ import hashlib
 import json
 import os
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def key(*parts: Any) -> str:
+    """16 hex digits that name JSON values, whatever the order of a mapping's entries.
+
+    >>> key({"steps": 60, "seed": 0}, "tied") == key({"seed": 0, "steps": 60}, "tied")
+    True
+
+    What is kept is named by everything that it was made from: settings, data and the code
+    (:func:`dfc_lib.provenance.code_hash`).
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -28,17 +39,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def lock(path: Path) -> FileLock:
-    """Hold a file for as long as ``with lock(path):`` lasts; a second holder waits.
+def lock(path: Path, wait: bool = True) -> AbstractContextManager:
+    """Hold the lock whose file is ``path``; the system lets go however its holder ends.
 
-    The system lets go of it when its holder ends, however that happens.
+    >>> with lock(folder / ".lock"):
+    ...     ...  # nobody else is here
+
+    Folders on the way are created; the file stays.
+
+    Raises:
+        filelock.Timeout: on entering, when another one holds it and ``wait`` is false.
     """
-    return FileLock(path)
+    from filelock import FileLock
 
-
-def key(*parts: Any) -> str:
-    """16 hex digits that name JSON values: what a thing was made from."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, blocking=wait)
 
 
 def save_tensors(

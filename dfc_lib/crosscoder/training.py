@@ -153,7 +153,6 @@ def train(
     """
     directory = Path(out_dir)
     batches = Batches(config, activations, labels)
-    directory.mkdir(parents=True, exist_ok=True)
     with store.lock(directory.with_name(f".{directory.name}.lock")):
         _claim(directory, config)
         if not (directory / "cfg.json").is_file():
