@@ -418,9 +418,9 @@ def test_the_key_ignores_what_cannot_change_the_weights_and_nothing_else():
     assert key == config_key(changed(checkpoint_every=1, device="cuda"), "data")
     values = {
         "partition": Partition.plain(48), "k": 5, "batchtopk": True, "tie_shared": True,
-        "apply_b_dec_to_input": True, "steps": 41, "batch_size": 33, "lr": 1e-4, "warmup_steps": 1,
+        "steps": 41, "batch_size": 33, "lr": 1e-4, "warmup_steps": 1,
         "decay_steps": 1, "clip_norm": 0.0, "shared_coef": 1.0, "exclusive_coef": 1.0,
-        "variant": "published", "aux_coef": 0.0, "aux_k": 3, "dead_steps": 4,
+        "variant": "published", "aux_coef": 0.0, "dead_steps": 4,
         "decoder_init_norm": 1.0, "normalise": "zscore_unstored", "seed": 1, "log_every": 2,
         "dtype": "float64",
     }  # fmt: skip

@@ -45,14 +45,12 @@ class TrainConfig:
         k: active features per sample.
         batchtopk: select ``k * batch_size`` features over the batch, not ``k`` per sample.
         tie_shared: one decoder row per shared feature for all models; the encoder stays free.
-        apply_b_dec_to_input: subtract ``b_dec`` before encoding.
         steps, batch_size: length of the run; an epoch is a fresh permutation, and batches run
             across its end.
         lr, warmup_steps, decay_steps: of Adam; linear from 0 at the start, linear to 0 at the end.
         clip_norm: largest norm of the whole gradient; 0 turns clipping off.
         shared_coef, exclusive_coef, variant: sparsity penalties, see ``losses``.
-        aux_coef, aux_k: auxiliary loss for dead features (none in ``published``); ``aux_k`` dead
-            features per sample take part, 0 means ``2 * k``.
+        aux_coef: of the auxiliary loss for dead features (none in ``published``).
         dead_steps: a feature that has not fired for this many steps counts as dead.
         decoder_init_norm: initial norm of a feature's decoder row, over all models. Adam's fixed
             step turns a short row faster: 0.3 explained more variance than 1 in short runs.
@@ -71,7 +69,6 @@ class TrainConfig:
     k: int
     batchtopk: bool = False
     tie_shared: bool = False
-    apply_b_dec_to_input: bool = False
     steps: int = 1500
     batch_size: int = 512
     lr: float = 1e-3
@@ -82,7 +79,6 @@ class TrainConfig:
     exclusive_coef: float = 0.0
     variant: Variant = "exclusive_only"
     aux_coef: float = 1 / 32
-    aux_k: int = 0
     dead_steps: int = 250
     decoder_init_norm: float = 0.3
     normalise: Literal["per_model_scalar", "zscore_unstored"] = "per_model_scalar"
@@ -180,7 +176,6 @@ class Run:
             config.k,
             batchtopk=config.batchtopk,
             tie_shared=config.tie_shared,
-            apply_b_dec_to_input=config.apply_b_dec_to_input,
             dtype=getattr(torch, config.dtype),
             device=config.device,
             metadata={"training": config.to_dict()},
@@ -227,8 +222,7 @@ class Run:
         self.step += 1
 
     def _terms(self, forward: Forward, dead: Tensor | None, **options: Any) -> dict[str, Tensor]:
-        variant, aux_k = self.config.variant, self.config.aux_k
-        return losses.terms(self.crosscoder, forward, variant, dead, aux_k=aux_k, **options)
+        return losses.terms(self.crosscoder, forward, self.config.variant, dead, **options)
 
     def _clip(self) -> None:
         if self.config.clip_norm:

@@ -10,7 +10,7 @@ over all elements, in normalised units (raw for the identity normaliser):
 - ``exclusive_only``: ``l1_exclusive`` is the mean over the features that do not belong to every
   model. In both terms a feature counts ``f_i * sum_m ||W_dec[i, m]||``, so that a growing decoder
   cannot dodge the penalty.
-- ``aux``: mean squared error of reconstructing the residual from the ``aux_k`` strongest dead
+- ``aux``: mean squared error of reconstructing the residual from the ``2 * k`` strongest dead
   features (arXiv 2406.04093, A.2). No such term in ``published``.
 """
 
@@ -51,7 +51,6 @@ def terms(
     variant: Variant,
     dead: Bool[Tensor, " d_dict"] | None = None,
     *,
-    aux_k: int = 0,
     in_place: bool = False,
     skip: Iterable[str] = (),
 ) -> dict[str, Scalar]:
@@ -59,7 +58,6 @@ def terms(
 
     Args:
         dead: the features that have not fired for long; None: no auxiliary loss.
-        aux_k: dead features per sample in the auxiliary loss; 0 means ``2 * k``.
         in_place: as in ``Crosscoder.forward_sparse``.
         skip: terms that stay 0 (saves time).
     """
@@ -77,7 +75,7 @@ def terms(
         found[name] = sum(means, forward.z.new_zeros(())) / max(1, len(means))
     found["aux"] = forward.z.new_zeros(())
     if dead is not None and penalised.AUXILIARY and "aux" not in skip:
-        found["aux"] = _auxiliary(crosscoder, forward, dead, aux_k, in_place)
+        found["aux"] = _auxiliary(crosscoder, forward, dead, in_place)
     return found
 
 
@@ -102,18 +100,17 @@ def _mean_activation(
 
 
 def _auxiliary(
-    crosscoder: "Crosscoder", forward: "Forward", dead: Tensor, aux_k: int, in_place: bool
+    crosscoder: "Crosscoder", forward: "Forward", dead: Tensor, in_place: bool
 ) -> Scalar:
     candidates = dead.nonzero().squeeze(-1)
     if candidates.numel() == 0:
         return forward.z.new_zeros(())
-    wanted = aux_k or 2 * crosscoder.cfg.k
+    wanted = 2 * crosscoder.cfg.k
     chosen = kernels.top_k(forward.preactivations[:, candidates], min(wanted, candidates.numel()))
     pattern = kernels.Pattern(chosen.starts, candidates[chosen.feature], crosscoder.d_dict)
     W_enc, W_dec, enc_buffer, dec_buffer = crosscoder.weights(in_place)
-    z_in = crosscoder.encoder_input(forward.z)
     values = kernels.sparse_encode(
-        z_in, W_enc, crosscoder.b_enc, forward.preactivations, pattern, enc_buffer
+        forward.z, W_enc, crosscoder.b_enc, forward.preactivations, pattern, enc_buffer
     )
     explained = kernels.sparse_decode(values.relu(), W_dec, pattern, dec_buffer)
     residual = (forward.z - forward.reconstruction).detach()

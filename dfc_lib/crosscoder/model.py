@@ -50,14 +50,12 @@ class CrosscoderConfig(SAEConfig):
         partition: ``Partition.to_dict()``.
         batchtopk: select over the batch in training (arXiv 2412.06410), by a threshold afterwards.
         tie_shared: a shared feature's decoder rows are equal in all models (normalised units).
-        apply_b_dec_to_input: subtract ``b_dec`` before encoding; off in the published crosscoders.
     """
 
     k: int
     partition: dict[str, Any]
     batchtopk: bool = False
     tie_shared: bool = False
-    apply_b_dec_to_input: bool = False
 
     @classmethod
     def architecture(cls) -> str:
@@ -113,7 +111,6 @@ class Crosscoder(SAE[CrosscoderConfig]):
         *,
         batchtopk: bool = False,
         tie_shared: bool = False,
-        apply_b_dec_to_input: bool = False,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         metadata: dict[str, Any] | None = None,
@@ -143,7 +140,6 @@ class Crosscoder(SAE[CrosscoderConfig]):
             partition=partition.to_dict(),
             batchtopk=batchtopk,
             tie_shared=tie_shared,
-            apply_b_dec_to_input=apply_b_dec_to_input,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             metadata=SAEMetadata(**(metadata or {})),
@@ -295,7 +291,7 @@ class Crosscoder(SAE[CrosscoderConfig]):
         fill: Float[Tensor, "model d_model"] | None = None,
     ) -> Code:
         """What ``encode`` selects from, before ReLU and top-k. Arguments as there."""
-        z = self.encoder_input(self._normalise(x, streams, fill))
+        z = self._normalise(x, streams, fill)
         W_enc = _Constrained.apply(self.encoder, self._constrain_encoder_grad_)
         return self.hook_sae_acts_pre(z @ W_enc.T + self.b_enc)
 
@@ -344,10 +340,6 @@ class Crosscoder(SAE[CrosscoderConfig]):
             x = torch.stack([(x if m in read else fill)[:, m] for m in models], dim=1)
         return self.hook_sae_input(self.normaliser.apply(x).flatten(1))
 
-    def encoder_input(self, z: Flat) -> Flat:
-        """What the encoder multiplies, from normalised activations."""
-        return z - self.b_dec.flatten() if self.cfg.apply_b_dec_to_input else z
-
     def _select(self, preactivations: Code) -> kernels.Pattern:
         if not self.cfg.batchtopk:
             return kernels.top_k(preactivations, self.cfg.k)
@@ -366,7 +358,6 @@ class Crosscoder(SAE[CrosscoderConfig]):
         *,
         dead: Bool[Tensor, " d_dict"] | None = None,
         aux_coef: float = 0.0,
-        aux_k: int = 0,
     ) -> tuple[Scalar, dict[str, Scalar]]:
         """``mse + shared_coef * l1_shared + exclusive_coef * l1_exclusive + aux_coef * aux``.
 
@@ -374,13 +365,11 @@ class Crosscoder(SAE[CrosscoderConfig]):
 
         Args:
             dead: the features that have not fired for long.
-            aux_k: dead features per sample in the auxiliary loss; 0 means ``2 * k``.
 
         Returns:
             The total, and its four terms before weighting.
         """
-        dead = dead if aux_coef else None
-        terms = losses.terms(self, self.forward_sparse(x), variant, dead, aux_k=aux_k)
+        terms = losses.terms(self, self.forward_sparse(x), variant, dead if aux_coef else None)
         return losses.weigh(terms, shared_coef, exclusive_coef, aux_coef), terms
 
     def forward_sparse(self, x: Raw, in_place: bool = False) -> Forward:
@@ -391,12 +380,11 @@ class Crosscoder(SAE[CrosscoderConfig]):
                 after which ``constrain_grads_`` has to be called.
         """
         z = self._normalise(x)
-        z_in = self.encoder_input(z)
         W_enc, W_dec, enc_buffer, dec_buffer = self.weights(in_place)
         with torch.no_grad():
-            preactivations = torch.addmm(self.b_enc, z_in, self.encoder.T)
+            preactivations = torch.addmm(self.b_enc, z, self.encoder.T)
             pattern = self._select(preactivations)
-        values = kernels.sparse_encode(z_in, W_enc, self.b_enc, preactivations, pattern, enc_buffer)
+        values = kernels.sparse_encode(z, W_enc, self.b_enc, preactivations, pattern, enc_buffer)
         values = values.relu()
         reconstruction = kernels.sparse_decode(values, W_dec, pattern, dec_buffer)
         return Forward(z, reconstruction + self.b_dec.flatten(), preactivations, pattern, values)
