@@ -15,7 +15,6 @@ one can be looked at without running a model::
 ``ReconstructionPlusError``  the same plus what it leaves out: equals clean, a check on the plumbing
 ``Steer``                   h + (alpha - 1) sum_i f_i d_i   (alpha = 1 no-op, alpha = 0 ablation)
 ``Clamp``                   h + sum_i (c - f_i) d_i         (works also where f_i = 0)
-``ScaleBeforeTopK``         the same as Steer, but before the top-k, which then selects anew
 ``Patch``                   a fixed vector instead of h: the tool mean, the neutral mean
 ``AddVector``               h + alpha v: the difference in means
 ``OtherModel``              another model's activation on the same tokens
