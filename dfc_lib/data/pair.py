@@ -242,7 +242,7 @@ class Pair:
 
     def __post_init__(self) -> None:
         models = self.models.items()
-        widths = {name: model.config.hidden_size for name, model in models}
+        widths = {name: width(model) for name, model in models}
         embedded = {name: len(model.get_input_embeddings().weight) for name, model in models}
         for what, values in {"width (hidden_size)": widths, "vocabulary": embedded}.items():
             if len(set(values.values())) > 1:
@@ -266,7 +266,7 @@ class Pair:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return next(iter(self.models.values())).config.hidden_size
+        return width(next(iter(self.models.values())))
 
     def index(self, name: str) -> int:
         """Position of a model on the ``model`` axis."""
@@ -284,6 +284,11 @@ def load_pair(
     """Load ``{"A": folder or hub name, "B": ...}``, and the tokenizer of the first one."""
     models = {name: load_model(source, dtype, device) for name, source in sources.items()}
     return Pair(models, load_tokenizer(next(iter(sources.values()))), layer)
+
+
+def width(model: nn.Module) -> int:
+    """Width of the residual stream (``hidden_size``)."""
+    return model.config.hidden_size
 
 
 def depth(model: nn.Module) -> int:
