@@ -157,7 +157,7 @@ def test_raw_and_calibrated_differ_by_the_normaliser_alone(build):
     cells = sweep.reconstructions(crosscoder, "A")
     raw, calibrated = (interventions.apply(cells[c], h)[0] for c in ("raw", "calibrated"))
     assert torch.equal(raw, calibrated)
-    crosscoder.normaliser = Normaliser.fit(sweep.training_data(study))
+    crosscoder.normaliser = Normaliser.fit(sweep.vectors(study).to_tensor())
     changed = interventions.apply(sweep.reconstructions(crosscoder, "A")["calibrated"], h)[0]
     assert not torch.allclose(raw, changed)
 

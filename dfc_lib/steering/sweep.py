@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -153,12 +152,6 @@ def vectors(study: Study) -> Activations:
 
 
 @cache
-def training_data(study: Study) -> Float[Tensor, "vector model d_model"]:
-    """``vectors`` in memory."""
-    return vectors(study).to_tensor()
-
-
-@cache
 def folder(study: Study) -> Path:
     """Where results lie; named by all that they depend on, but for the run's own settings."""
     profile, pair = study.profile, study.pair
@@ -171,7 +164,7 @@ def folder(study: Study) -> Path:
 def job(run: Run, study: Study) -> Job:
     """How the crosscoder of a run is had."""
     config = train_config(run, study.profile, study.pair.d_model)
-    return Job(config, lambda: training_data(study), vectors(study).key)
+    return Job(config, vectors(study).to_tensor, vectors(study).key)
 
 
 def result_path(run: Run, study: Study) -> Path:
@@ -202,22 +195,12 @@ def measure(
         (nats), ``delta`` (||delta|| / ||h||), and the rates, NaN where nothing was generated.
     """
     n, asked, frames = n_generated(study), records(study), []
-    for part, length in (
-        (asked[:n], study.profile.max_new_tokens),
-        (asked[n:], 1),  # of these only the first token's margin is wanted
-    ):
+    options = {"prefix_cache": prefix_cache(study), "out_dir": None, "progress": False}
+    # Of the prompts behind the first n only the first token's margin is wanted.
+    for part, length in ((asked[:n], study.profile.max_new_tokens), (asked[n:], 1)):
         if part:
-            frame = study.run(
-                cells,
-                part,
-                target,
-                levels=levels,
-                max_new_tokens=length,
-                prefix_cache=prefix_cache(study),
-                out_dir=None,
-                progress=False,
-            )
-            frames.append(frame)
+            options["max_new_tokens"] = length
+            frames.append(study.run(cells, part, target, levels=levels, **options))
     frames[1:] = [f.assign(prompt=f.prompt + n, **dict.fromkeys(RATES, np.nan)) for f in frames[1:]]
     outcomes = pd.concat(frames).assign(target=target)
     by_cell = outcomes.groupby(list(levels), sort=False, dropna=False)
@@ -255,7 +238,7 @@ def describe(crosscoder: Crosscoder, study: Study) -> dict[str, float]:
     """``fve_<model>``, ``l0_<block>``, ``dead_<block>`` on the training vectors;
     ``prompt_fve_<model>``, ``mse_<model>`` (normalised units) on the evaluation prompts."""
     row, partition = {}, crosscoder.partition
-    on_vectors = fidelity.fidelity(crosscoder, training_data(study)).set_index("name")
+    on_vectors = fidelity.fidelity(crosscoder, vectors(study).to_tensor()).set_index("name")
     row |= {f"fve_{name}": on_vectors.fve[name] for name in partition.model_names}
     row |= {f"l0_{name}": on_vectors.l0[name] for name in partition.names}
     row |= {f"dead_{name}": on_vectors.dead_share[name] for name in partition.names}
@@ -292,12 +275,12 @@ def baselines(study: Study) -> pd.DataFrame:
     path = folder(study) / "baselines.parquet"
     if path.is_file():
         return pd.read_parquet(path)
-    frames = []
+    x, frames = vectors(study).to_tensor(), []
     for t, target in enumerate(study.pair.names):
         cells = {"clean": interventions.Clean(), "other model": interventions.OtherModel(1 - t)}
         for source in ("tool", "neutral"):
             chosen = vectors(study).where(source=source)
-            cells[f"{source} mean"] = interventions.Patch(training_data(study)[chosen, t].mean(0))
+            cells[f"{source} mean"] = interventions.Patch(x[chosen, t].mean(0))
         for ratio in RATIOS:
             drawn = interventions.random_directions(Scaled(ratio), N_DRAWS, study.pair.d_model)
             cells |= {("random", ratio, draw): cell for draw, cell in enumerate(drawn)}
