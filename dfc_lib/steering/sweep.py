@@ -33,7 +33,7 @@ from dfc_lib.data.pair import fingerprint
 from dfc_lib.data.prompts import Record
 from dfc_lib.profiles import Profile
 from dfc_lib.steering import interventions
-from dfc_lib.steering.generation import PrefixCache
+from dfc_lib.steering.prefix import PrefixCache
 from dfc_lib.steering.interventions import Codec, Intervention, Reconstruction, Site
 from dfc_lib.study import Study
 
@@ -223,7 +223,7 @@ def run_one(run: Run, study: Study) -> Result:
         its row (``design``, ``describe``, and the mean of every measure as
         ``<target>_<condition>_<measure>``); its outcomes prompt by prompt (``measure``).
     """
-    crosscoder = job(run, study).run(study.build, progress=False)
+    crosscoder = study.train({run: job(run, study)}, progress=False)[run]
     frames = [measure(study, t, reconstructions(crosscoder, t)) for t in study.pair.names]
     outcomes = pd.concat(frames, ignore_index=True)
     row = design(run, study.profile, study.pair.d_model) | describe(crosscoder, study)
