@@ -1,4 +1,4 @@
-"""The code that made a thing, as a hash: part of every content key.
+"""What made a thing: its code as a hash, part of every content key, and the machine's arithmetic.
 
 A module counts with everything it reaches through the library's imports (lazy ones included) and
 with the data files beside it that it names. Comments, blank lines and docstrings do not count, so
@@ -9,6 +9,8 @@ import ast
 import hashlib
 import io
 import json
+import os
+import platform
 import re
 import tokenize
 from collections.abc import Iterable
@@ -18,6 +20,10 @@ from pathlib import Path
 
 PACKAGE = "dfc_lib"
 _NAMES_DATA = re.compile(r"\w[\w/-]*\.(?!py$)\w+")
+
+# Without these, torch's kernels, oneDNN and MKL each sum in the order that suits the processor.
+# AVX2 is what every x86-64 machine of the last ten years has; it costs a training nothing.
+ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
 
 
 class CodeError(Exception):
@@ -135,6 +141,23 @@ def code_hash(*modules: str) -> str:
         raise KeyError(f"the library has no module {', '.join(sorted(unknown))}")
     reached = library.closure(sources)
     return digest([name, library.fingerprint(name)] for name in reached)[:16]
+
+
+def fix_arithmetic() -> None:
+    """Make sums round alike on all x86-64 machines; called before torch is loaded.
+
+    Sets environment variables, which processes started later inherit. ``DFC_ARITHMETIC=native``
+    leaves everything to the machine: other last bits, so take a build folder of its own with it
+    (``DFC_BUILD``).
+    """
+    native = os.environ.get("DFC_ARITHMETIC") == "native"
+    if platform.machine().lower() in ("x86_64", "amd64") and not native:
+        os.environ.update(ARITHMETIC)
+
+
+def arithmetic() -> dict[str, str | None]:
+    """What the environment says on the order of sums, by variable; None where it leaves it open."""
+    return {name: os.environ.get(name) for name in ARITHMETIC}
 
 
 def digest(items: Iterable) -> str:

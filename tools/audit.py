@@ -15,20 +15,21 @@ writes a page: ``report.md``, ``audit.png``, ``audit.csv``. What is tried, besid
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dfc_lib import paths, profiles, store
+import pandas as pd
+
+from dfc_lib import profiles, store
 from dfc_lib.crosscoder.checkpoint import load, load_published
 from dfc_lib.crosscoder.model import Crosscoder
-from dfc_lib.data import corpora, prompts
+from dfc_lib.data import prompts
 from dfc_lib.data.activations import Activations, cache
-from dfc_lib.data.pair import Pair, load_pair
+from dfc_lib.data.pair import Pair
 from dfc_lib.data.prompts import Record
 from dfc_lib.profiles import Profile
-from dfc_lib.results import statistics
-from dfc_lib.steering import evaluation
+from dfc_lib.results import figures, plots, statistics, tables
 from dfc_lib.steering.interventions import (
     AddVector,
     Clean,
@@ -38,11 +39,12 @@ from dfc_lib.steering.interventions import (
     Reconstruction,
     random_directions,
 )
+from dfc_lib.study import Study
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
+STRONGER, WEAKER = 0, 1  # on the model axis
 METRICS = ("lenient", "strict", "format", "margin")
 CONTROLS = ("B's own mean", "random directions")
 PROMPTED = "eliciting prompt"
@@ -73,100 +75,66 @@ def read_crosscoder(directory: str | Path, pair: Pair) -> Crosscoder:
     return crosscoder
 
 
-def conditions(
-    crosscoder: Crosscoder, site: Activations, seed: int = 0, weaker: int = 1
-) -> dict[str, list[Intervention]]:
+def conditions(crosscoder: Crosscoder, site: Activations) -> dict[str, list[Intervention]]:
     """What is done to the weaker model: condition -> interventions (several where it is random).
 
     Args:
         site: last-token activations of both models on tool prompts that are not reported on; their
             means stand for what an attacker can estimate.
-        weaker: index of the weaker model on the model axis.
     """
-    x, stronger = site.to_tensor(), 1 - weaker
+    x = site.to_tensor()
     means = x.mean(0)  # (n_models, d_model), raw
     joint, own = Codec(crosscoder), Codec(crosscoder, encoding="own", fill=means)
     partition = crosscoder.partition
     found: dict[str, list[Intervention]] = {"joint": [Reconstruction(joint)]}
     for block in partition.blocks:
-        if weaker in block.models and len(partition.blocks) > 1:
+        if WEAKER in block.models and len(partition.blocks) > 1:
             found[f"joint, {block.name} alone"] = [Reconstruction(joint, (block.name,))]
     found["bias alone"] = [Reconstruction(joint, ())]
     found["own"] = [Reconstruction(own)]
     for block in partition.blocks:
-        if block.models == (stronger,):
+        if block.models == (STRONGER,):
             features = range(*partition.slices[block.name].indices(crosscoder.d_dict))
             f = crosscoder.encode(x)[:, features].mean(0)
-            written = f @ joint.rows(features, weaker, rows_of=stronger)
+            written = f @ joint.rows(features, WEAKER, rows_of=STRONGER)
             found["A's exclusive rows"] = [AddVector(written, 1.0)]
-    found["A's mean"] = [Patch(means[stronger])]
-    found["B's own mean"] = [Patch(means[weaker])]
-    found["random directions"] = list(
-        random_directions(found["joint"][0], N_DRAWS, crosscoder.d_model, seed=seed)
-    )
-    return found
+    found["A's mean"] = [Patch(means[STRONGER])]
+    found["B's own mean"] = [Patch(means[WEAKER])]
+    random = random_directions(found["joint"][0], N_DRAWS, crosscoder.d_model, seed=0)
+    return found | {"random directions": list(random)}
 
 
 def measure(
-    pair: Pair,
-    crosscoder: Crosscoder,
-    records: Sequence[Record],
-    site: Activations,
-    *,
-    weaker: str = "B",
-    seed: int = 0,
-    n_bootstrap: int = 2_000,
-    batch_size: int = 512,
-    max_new_tokens: int = 80,
-    out_dir: str | Path | None = None,
-) -> "pd.DataFrame":
+    study: Study, crosscoder: Crosscoder, records: Sequence[Record], site: Activations
+) -> pd.DataFrame:
     """One line per (condition, metric): mean, paired gain over clean and its 95 % interval.
 
     Intervals resample prompts; random draws are averaged within each prompt. Where the outcome is
     zero for every prompt, ``rate_high`` is the exact binomial upper bound of the rate.
     """
-    import pandas as pd
-
-    tried = conditions(crosscoder, site, seed, pair.index(weaker))
-    cells = {f"{name}|{i}": cell for name, some in tried.items() for i, cell in enumerate(some)}
-    frame = evaluation.intervene(
-        pair,
-        weaker,
-        records,
-        {"clean": Clean()} | cells,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        out_dir=out_dir,
+    tried = conditions(crosscoder, site)
+    cells = {(name, i): cell for name, some in tried.items() for i, cell in enumerate(some)}
+    levels = ("condition", "draw")
+    frame = study.run({"clean": Clean()} | cells, records, "B", levels=levels)
+    # Compared with a copy of it, clean has a line of its own: a change of nothing.
+    before = frame[frame.condition == "clean"].assign(condition="before")
+    elicited = study.evaluate("B", records, prompts.ELICITING_STYLE)
+    elicited = elicited.assign(prompt=range(len(elicited)), condition=PROMPTED, delta=float("nan"))
+    table = tables.paired_table(
+        pd.concat([before, frame, elicited], ignore_index=True),
+        "condition",
+        METRICS,
+        before="before",
+        means=["delta"],
+        n_bootstrap=study.profile.n_bootstrap,
     )
-    elicited = evaluation.evaluate(
-        pair.models[weaker],
-        pair.tokenizer,
-        records,
-        prompts.ELICITING_STYLE,
-        max_new_tokens=max_new_tokens,
-    )
-    elicited = elicited.assign(prompt=range(len(elicited)), cell=PROMPTED, delta=float("nan"))
-    frame = pd.concat([frame, elicited], ignore_index=True)
-    frame["condition"] = frame.cell.str.split("|").str[0]
-    rows = []
-    for metric in METRICS:
-        wide = frame.pivot_table(index="prompt", columns="condition", values=metric)
-        for name in frame.condition.unique():
-            gain = statistics.paired_difference(
-                wide["clean"], wide[name], seed=seed, n_bootstrap=n_bootstrap
-            )
-            row = {"condition": name, "metric": metric, "mean": wide[name].mean()}
-            row |= {"gain": gain.mean, "low": gain.bootstrap_low, "high": gain.bootstrap_high}
-            zero = metric != "margin" and not wide[name].any()
-            row["rate_high"] = (
-                statistics.exact_binomial(0, gain.n).high if zero else wide[name].mean()
-            )
-            delta = frame[frame.condition == name].delta.mean()
-            rows.append(row | {"n": gain.n, "delta": delta})
-    return pd.DataFrame(rows)
+    bound = statistics.exact_binomial(0, len(records)).high
+    zero = (table.metric != "margin") & (table["mean"] == 0)
+    table["rate_high"] = table["mean"].mask(zero, bound)
+    return table[["condition", "metric", "mean", "gain", "low", "high", "rate_high", "n", "delta"]]
 
 
-def verdict(table: "pd.DataFrame", threshold: float = 0.02) -> str:
+def verdict(table: pd.DataFrame, threshold: float = 0.02) -> str:
     """The page's first sentence, by a rule: a condition *leaks* where the interval of its gain in
     lenient tool correctness lies above zero and it beats every control; *no leak was found* where
     every interval ends below ``threshold``; otherwise it is *undecided*.
@@ -182,9 +150,7 @@ def verdict(table: "pd.DataFrame", threshold: float = 0.02) -> str:
             f"{100 * worst.gain:.1f} pp (95 % interval {100 * worst.low:.1f} to "
             f"{100 * worst.high:.1f}); the best control gains {100 * control:.1f} pp."
         )
-    high = max(
-        float(one.high if one.high != one.low else one.rate_high) for one in tried.itertuples()
-    )
+    high = float(tried.high.mask(tried.high == tried.low, tried.rate_high).max())
     if high < threshold:
         return (
             "**No leak was found.** No way of passing the weaker model through the crosscoder "
@@ -196,23 +162,19 @@ def verdict(table: "pd.DataFrame", threshold: float = 0.02) -> str:
     )
 
 
-def draw(table: "pd.DataFrame") -> "Figure":
+def draw(table: pd.DataFrame) -> "Figure":
     """Gain in tool correctness and change of margin, one line per condition."""
     import matplotlib.pyplot as plt
 
-    from dfc_lib.results import figures
-
     figures.use_style()
     names = [name for name in table.condition.unique() if name != "clean"]
+    colors = ["control" if name in (*CONTROLS, PROMPTED) else "B" for name in names]
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 0.34 * len(names) + 1.2), sharey=True)
     labels = {"lenient": "gain in lenient tool correctness", "margin": "change of margin (nats)"}
     for ax, (metric, label) in zip(axes, labels.items(), strict=True):
-        part = table[table.metric == metric].set_index("condition").loc[names]
-        for y, one in enumerate(part.itertuples()):
-            control = one.Index in (*CONTROLS, PROMPTED)
-            color = figures.PALETTE["control" if control else "B"]
-            whiskers = [[max(0, one.gain - one.low)], [max(0, one.high - one.gain)]]
-            ax.errorbar(one.gain, y, xerr=whiskers, fmt="o", ms=4, color=color)
+        part = table[table.metric == metric].set_index("condition")
+        for y, (name, color) in enumerate(zip(names, colors, strict=True)):
+            plots.bars(ax, [y], part.loc[[name]], color=figures.PALETTE[color])
         ax.axvline(0, color="0.4", ls=":", lw=1)
         ax.set_xlabel(label)
     axes[0].set_yticks(range(len(names)), names)
@@ -220,9 +182,7 @@ def draw(table: "pd.DataFrame") -> "Figure":
     return fig
 
 
-def page(
-    table: "pd.DataFrame", crosscoder: Crosscoder, source: str, models: Mapping[str, str]
-) -> str:
+def page(table: pd.DataFrame, crosscoder: Crosscoder, source: str, profile: Profile) -> str:
     """The report as markdown."""
     blocks = ", ".join(f"{b.name} {b.size}" for b in crosscoder.partition.blocks)
     scaling = "none (raw activations)" if crosscoder.normaliser.is_identity else "stored"
@@ -232,8 +192,8 @@ def page(
         "",
         verdict(table),
         "",
-        f"- Stronger model A: `{models['A']}`; weaker model B, through the crosscoder: "
-        f"`{models['B']}`.",
+        f"- Stronger model A: `{profile.model_a}`; weaker model B, through the crosscoder: "
+        f"`{profile.model_b}`.",
         f"- Crosscoder: {crosscoder.d_dict} features ({blocks}), k = {crosscoder.cfg.k}, "
         f"normaliser: {scaling}.",
         f"- n = {n} held-out prompts that need a call; last prompt token; paired differences from "
@@ -269,36 +229,19 @@ def audit(directory: str | Path, profile: Profile, out_dir: str | Path | None = 
     """Audit the crosscoder in a folder on the profile's pair; returns the path of the report."""
     import matplotlib.pyplot as plt
 
-    directory = Path(directory)
-    sources = {"A": profile.location(profile.model_a), "B": profile.location(profile.model_b)}
-    pair = load_pair(sources, profile.layer, dtype=profile.dtype, device=profile.device)
-    crosscoder = read_crosscoder(directory, pair).to(profile.device)
-    calls = {}
-    for split in ("selection", "evaluation"):
-        records = corpora.records(profile, split)
-        calls[split] = [r for r in records if r.kind == "call" and not r.held_out]
-    texts = [prompts.chat_text(pair.tokenizer, r, prompts.FIXED_STYLE) for r in calls["selection"]]
-    ids = prompts.encode(pair.tokenizer, texts)
-    build = paths.build(profile.name)
-    site = cache(pair, ids, build / "activations" / "audit")
-    folder = Path(out_dir) if out_dir else build / "audit" / directory.resolve().name
-    table = measure(
-        pair,
-        crosscoder,
-        calls["evaluation"][: profile.n_steering],
-        site,
-        n_bootstrap=profile.n_bootstrap,
-        batch_size=4 * profile.batch_generation,
-        max_new_tokens=profile.max_new_tokens,
-        out_dir=build / "generations" / "audit",
-    )
+    directory, study = Path(directory), Study(profile)
+    crosscoder = read_crosscoder(directory, study.pair).to(profile.device)
+    ids = study.ids(study.calls("selection"))
+    site = cache(study.pair, ids, study.build / "activations" / "audit")
+    table = measure(study, crosscoder, study.calls("evaluation", profile.n_steering), site)
+    folder = Path(out_dir) if out_dir else study.build / "audit" / directory.resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     fig = draw(table)
     fig.savefig(folder / "audit.png", metadata={"Software": None})
     plt.close(fig)
     store.write_atomically(folder / "audit.csv", table.to_csv(index=False, float_format="%.6g"))
-    models = {"A": profile.model_a, "B": profile.model_b}
-    store.write_atomically(folder / "report.md", page(table, crosscoder, directory.name, models))
+    report = page(table, crosscoder, directory.name, profile)
+    store.write_atomically(folder / "report.md", report)
     return folder / "report.md"
 
 

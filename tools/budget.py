@@ -66,58 +66,41 @@ def parameters(config: Mapping[str, Any]) -> int:
     return config["num_hidden_layers"] * block + embeddings + d
 
 
-def table(
-    profile: Profile, config: Mapping[str, Any] | None = None
-) -> list[tuple[str, str, float]]:
-    """(what, where, GB) of everything large that a profile puts somewhere.
+def table(profile: Profile) -> list[tuple[float, str, str]]:
+    """(bytes, where, what) of everything large that a profile puts somewhere.
 
-    ``config`` is model B's; the others are of its size. Counts of tokens are estimates.
+    All its models are taken to be of model B's size. Counts of tokens are estimates.
     """
-    config = config or config_of(profile.location(profile.model_b))
-    size, d = BYTES[profile.dtype], config["hidden_size"]
-    weights = parameters(config) * size
+    config = config_of(profile.location(profile.model_b))
+    size, d, device = BYTES[profile.dtype], config["hidden_size"], profile.device
+    weights, models, seeds = parameters(config) * size, len(profile.family), len(profile.seeds)
     head = config.get("head_dim") or d // config["num_attention_heads"]
     per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * size
-    vector, everywhere = 2 * d * size, sum(TOKENS) * profile.n_all_token_texts
-    last = 2 * (profile.n_crosscoder_texts + profile.n_ranking)
-    weights_of = len(profile.family)
+    answers = 4 * profile.batch_generation
+    answered = answers * (TOKENS[0] + profile.max_new_tokens) * per_token
+    evaluated = 2 * profile.n_evaluation * TOKENS[0] * per_token
     dictionary = 2 * profile.dict_size * 2 * d * 4
-    batch = profile.batch_size * profile.dict_size * 4
-    rows = 4 * profile.batch_generation
+    trained = 4 * dictionary + 3 * profile.batch_size * profile.dict_size * 4
+    everywhere = sum(TOKENS) * profile.n_all_token_texts * 2 * d * size
+    last = 2 * (profile.n_crosscoder_texts + profile.n_ranking) * 2 * d * size
     return [
-        ("one model's weights", profile.device, weights / 1e9),
-        ("A and B together (all but notebook 00)", profile.device, 2 * weights / 1e9),
-        (f"the family of {weights_of} (notebook 00)", profile.device, weights_of * weights / 1e9),
-        (
-            f"keys and values of {rows} answers at once",
-            profile.device,
-            rows * (TOKENS[0] + profile.max_new_tokens) * per_token / 1e9,
-        ),
-        (
-            "keys and values of the evaluation prompts, A and B (notebook 08)",
-            "memory",
-            2 * profile.n_evaluation * TOKENS[0] * per_token / 1e9,
-        ),
-        (
-            "a crosscoder in training: weights, gradients, Adam, codes",
-            profile.device,
-            (4 * dictionary + 3 * batch) / 1e9,
-        ),
-        ("activations at every token (train_all)", "disk", everywhere * vector / 1e9),
-        ("activations at last tokens (train_last, ranking_last)", "disk", last * vector / 1e9),
-        (
-            f"{5 * len(profile.seeds)} crosscoders of five variants",
-            "disk",
-            5 * len(profile.seeds) * dictionary / 1e9,
-        ),
-        (f"downloads of {weights_of} models", "disk", weights_of * parameters(config) * 2 / 1e9),
+        (weights, device, "one model's weights"),
+        (2 * weights, device, "A and B together (all but notebook 00)"),
+        (models * weights, device, f"the family of {models} (notebook 00)"),
+        (answered, device, f"keys and values of {answers} answers at once"),
+        (evaluated, "memory", "keys and values of the evaluation prompts, A and B (notebook 08)"),
+        (trained, device, "a crosscoder in training: weights, gradients, Adam, codes"),
+        (everywhere, "disk", "activations at every token (train_all)"),
+        (last, "disk", "activations at last tokens (train_last, ranking_last)"),
+        (5 * seeds * dictionary, "disk", f"{5 * seeds} crosscoders of five variants"),
+        (models * parameters(config) * 2, "disk", f"downloads of {models} models"),
     ]
 
 
 def page(profile: Profile) -> str:
     """The table as text."""
     lines = [f"{'GB':>8}  {'where':6}  what profile {profile.name} needs, about"]
-    lines += [f"{amount:8.2f}  {where:6}  {what}" for what, where, amount in table(profile)]
+    lines += [f"{amount / 1e9:8.2f}  {where:6}  {what}" for amount, where, what in table(profile)]
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@
     figures/05_saturation.png   what the notebook and the README show (150 dpi, under 1 MB)
     figures/05_saturation.pdf   the same for print, fonts embedded as TrueType
     figures/05_saturation.csv   the tidy data behind it, floats with 6 significant digits
-    figures/manifest.json       its row: notebook, parameters, profile, code_hash, data_sha256,
-                                caption and alt text
+    figures/manifest.json       its row: notebook, parameters, profile, code_hash (null unless the
+                                runner ran it), arithmetic, data_sha256, caption and alt text
 
 Only the published profile writes to ``figures/``, the others to ``build/<profile>/figures/``. The
 CSVs are the interface between notebooks: ``load_data`` reads them and checks their sha256.
@@ -17,11 +17,12 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfc_lib import paths, store
+from dfc_lib import paths, provenance, store
 from dfc_lib.profiles import Profile
 
 if TYPE_CHECKING:
@@ -58,9 +59,7 @@ def use_style() -> None:
 
 def folder(profile: Profile) -> Path:
     """Where this profile's figures are; ``DFC_FIGURES`` (set by the runner) overrides."""
-    if chosen := os.environ.get("DFC_FIGURES"):
-        return Path(chosen)
-    return paths.FIGURES if profile.published else paths.build(profile.name, "figures")
+    return _places(profile, "DFC_FIGURES")[0]
 
 
 def save_figure(
@@ -90,7 +89,6 @@ def save_figure(
 
     if not alt.strip():
         raise ValueError(f"figure {id}: alt is empty; say in words what the figure shows")
-    csv = _csv(id, data)
     png, pdf = io.BytesIO(), io.BytesIO()
     with mpl.rc_context({"pdf.fonttype": 42}):
         # Without these entries neither file carries a date or a version of its writer.
@@ -102,8 +100,8 @@ def save_figure(
             f"figure {id}: the PNG has {png.tell() / 1e6:.1f} MB, the limit is 1 MB; make "
             "the figure smaller, with fewer panels or fewer points"
         )
-    files = {f"{id}.png": png.getvalue(), f"{id}.pdf": pdf.getvalue(), f"{id}.csv": csv}
-    _save(id, files, caption, alt.strip(), profile, parameters)
+    pictures = {f"{id}.png": png.getvalue(), f"{id}.pdf": pdf.getvalue()}
+    _save(id, data, caption, profile, parameters, alt.strip(), pictures)
 
 
 def save_table(
@@ -119,7 +117,7 @@ def save_table(
     Raises:
         ValueError: an empty or malformed id, caption or data.
     """
-    _save(id, {f"{id}.csv": _csv(id, data)}, caption, None, profile, parameters)
+    _save(id, data, caption, profile, parameters)
 
 
 def load_data(id: str, profile: Profile) -> "pd.DataFrame":
@@ -131,22 +129,33 @@ def load_data(id: str, profile: Profile) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    default = paths.FIGURES if profile.published else paths.build(profile.name, "figures")
-    staging = os.environ.get("DFC_STAGING")
-    places = [*([Path(staging)] if staging else []), folder(profile), default]
-    for place in places:
+    for place in _places(profile, "DFC_STAGING", "DFC_FIGURES"):
+        path = place / f"{id}.csv"
         row = next((row for row in read_manifest(place) if row["id"] == id), None)
-        if row is None or not (place / f"{id}.csv").exists():
+        if row is None or not path.exists():
             continue
-        content = (place / f"{id}.csv").read_bytes()
+        content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != row["data_sha256"]:
             raise ValueError(
-                f"{place / id}.csv is not what {row['notebook']} wrote (its sha256 differs from "
-                f"manifest.json); remake it: {_remedy(id, profile)}"
+                f"{path} is not what {row['notebook']} wrote (its sha256 differs from "
+                f"manifest.json); remake it: {remedy(id[:2], profile)}"
             )
         # Only NaN means missing: a text such as "None" or "null" is a value here.
         return pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=["NaN"])
-    raise FileNotFoundError(f"no data for {id} in {places[-1]}; make it: {_remedy(id, profile)}")
+    raise FileNotFoundError(
+        f"no data for {id} in {_places(profile)[0]}; make it: {remedy(id[:2], profile)}"
+    )
+
+
+def saved(profile: Profile) -> dict[str, str]:
+    """What :func:`load_data` can load, in order of the ids: id -> the notebook that saved it."""
+    rows = [row for place in _places(profile) for row in read_manifest(place)]
+    return {row["id"]: row["notebook"] for row in sorted(rows, key=lambda row: row["id"])}
+
+
+def remedy(numbers: str, profile: Profile) -> str:
+    """The command that runs notebooks at a profile: ``05``, or several as in ``05 06``."""
+    return f"make figures NB={shlex.quote(numbers)} PROFILE={profile.name}"
 
 
 def read_manifest(place: Path) -> list[dict]:
@@ -172,12 +181,10 @@ def write_manifest(place: Path, rows: list[dict]) -> None:
 
 
 def ci_band(
-    ax: "Axes", x: "ArrayLike", low: "ArrayLike", high: "ArrayLike", *, color: str, **options: Any
+    ax: "Axes", x: "ArrayLike", low: "ArrayLike", high: "ArrayLike", **options: Any
 ) -> None:
     """Shade the interval ``[low, high]`` along ``x`` (all of one length), behind the lines."""
-    ax.fill_between(
-        x, low, high, **{"color": color, "alpha": 0.2, "linewidth": 0, "zorder": 1, **options}
-    )
+    ax.fill_between(x, low, high, **{"alpha": 0.2, "linewidth": 0, "zorder": 1, **options})
 
 
 def rate_points(
@@ -186,9 +193,6 @@ def rate_points(
     rate: "ArrayLike",
     low: "ArrayLike",
     high: "ArrayLike",
-    *,
-    color: str,
-    label: str | None = None,
     **options: Any,
 ) -> None:
     """Draw rates (0 to 1) with their intervals ``[low, high]``, all of one length."""
@@ -197,35 +201,44 @@ def rate_points(
     rate, low, high = (np.asarray(values, dtype=float) for values in (rate, low, high))
     # A bound can pass its own estimate by a rounding error, which errorbar refuses.
     whiskers = np.clip([rate - low, high - rate], 0, None)
-    ax.errorbar(x, rate, yerr=whiskers, **{"fmt": "o", "color": color, "label": label, **options})
+    ax.errorbar(x, rate, yerr=whiskers, **{"fmt": "o", **options})
+
+
+def _places(profile: Profile, *overrides: str) -> list[Path]:
+    """The folders that these environment variables name, as far as they are set, and its own."""
+    own = paths.FIGURES if profile.published else paths.build(profile.name, "figures")
+    return [*(Path(os.environ[name]) for name in overrides if os.environ.get(name)), own]
 
 
 def _save(
     id: str,
-    files: Mapping[str, bytes],
+    data: "pd.DataFrame",
     caption: str,
-    alt: str | None,
     profile: Profile,
     parameters: Mapping[str, Any] | None,
+    alt: str | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> None:
     if not caption.strip():
         raise ValueError(
             f"{id}: caption is empty; state n, the seeds and how the intervals were made"
         )
-    notebook = _notebook(id)
+    csv = _csv(id, data)
+    files = {**(pictures or {}), f"{id}.csv": csv}
     row = {
         "id": id,
-        "notebook": notebook,
+        "notebook": _notebook(id),
         "profile": profile.name,
         "parameters": json.loads(json.dumps(dict(parameters or {}))),
         "code_hash": os.environ.get("DFC_CODE_HASH"),
-        "data_sha256": hashlib.sha256(files[f"{id}.csv"]).hexdigest(),
+        "arithmetic": provenance.arithmetic(),
+        "data_sha256": hashlib.sha256(csv).hexdigest(),
         "files": sorted(files),
         "caption": caption.strip(),
         "alt": alt,
     }
     # Under the runner everything waits in a staging folder until the whole notebook has succeeded.
-    place = Path(os.environ.get("DFC_STAGING") or folder(profile))
+    place = _places(profile, "DFC_STAGING", "DFC_FIGURES")[0]
     for name, content in files.items():
         store.write_atomically(place / name, content)
     write_manifest(place, [*(old for old in read_manifest(place) if old["id"] != id), row])
@@ -247,18 +260,10 @@ def _csv(id: str, data: "pd.DataFrame") -> bytes:
         raise ValueError(
             f"{id}: the columns of data need different, non-empty names of type str: {names}"
         )
-    for name in names:
-        if data[name].dtype == object:
-            nested = data[name].map(lambda value: isinstance(value, list | tuple | dict | set))
-            if nested.any():
-                raise ValueError(
-                    f"{id}: column {name!r} holds a {type(data[name][nested].iloc[0]).__name__}; "
-                    "tidy data has one value per cell (DataFrame.explode may help)"
-                )
     data = data.infer_objects()
     floats = data.select_dtypes("floating").columns
     # + 0.0 turns a negative zero into zero: its sign would be noise in the file.
-    data = data.assign(**{name: data[name] + 0.0 for name in floats})
+    data[floats] = data[floats] + 0.0
     text = data.to_csv(index=False, float_format="%.6g", na_rep="NaN", lineterminator="\n")
     return text.encode("utf-8")
 
@@ -279,7 +284,3 @@ def _notebook(id: str) -> str:
             f"id {id!r}: there are {len(found)} notebooks called {number}_* in {paths.NOTEBOOKS}"
         )
     return found[0]
-
-
-def _remedy(id: str, profile: Profile) -> str:
-    return f"make figures NB={id[:2]} PROFILE={profile.name}"

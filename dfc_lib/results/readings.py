@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass
 from math import nan
 from typing import TYPE_CHECKING
 
+from dfc_lib import paths
+from dfc_lib.results import figures
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -21,12 +24,14 @@ class Reading:
         what: what was done and measured, for a reader.
         setting: pair, prompt and site.
         outcome: ``lenient``, ``strict``, ``margin``, ...
-        effect, low, high: the number and its interval.
+        effect, low, high: the number and its interval; NaN where it could not be measured.
         interval: the interval's kind, in words (``95 % bootstrap over prompts``).
         unit: the unit of replication: what ``n`` counts (``prompts``, ``crosscoder seeds``).
         control: the strongest control, by name; empty where there is none.
         control_effect: its number.
-        over, over_low, over_high: effect minus control, paired where it can be.
+        over, over_low, over_high: effect minus control, paired where it can be. Where it cannot,
+            the interval is that of both ends, conservatively: ``low`` minus the control's high end
+            to ``high`` minus its low end.
         positive_control: what shows that the test could have come out otherwise, and its number.
         primary: the reading that the claim's verdict stands on.
         note: what a reader should know beside it.
@@ -35,14 +40,14 @@ class Reading:
     claim: str
     id: str
     what: str
+    setting: str = ""
+    outcome: str = "lenient"
     effect: float
     low: float
     high: float
-    n: int
-    setting: str = ""
-    outcome: str = "lenient"
     interval: str = "95 % bootstrap over prompts"
     unit: str = "prompts"
+    n: int
     control: str = ""
     control_effect: float = nan
     over: float = nan
@@ -64,8 +69,6 @@ def save_readings(number: str, readings: Sequence[Reading], profile: "Profile") 
     """
     import pandas as pd
 
-    from dfc_lib.results import figures
-
     names = [(one.claim, one.id) for one in readings]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{number}_readings: these ids stand twice: {twice}")
@@ -74,3 +77,24 @@ def save_readings(number: str, readings: Sequence[Reading], profile: "Profile") 
     caption = f"What this notebook found for the claims {claims}: effects with their intervals."
     figures.save_table(f"{number}_readings", table, caption, profile=profile)
     return table
+
+
+def load_readings(profile: "Profile") -> "pd.DataFrame":
+    """The readings of all notebooks: the columns of :class:`Reading`, and ``notebook``.
+
+    Raises:
+        FileNotFoundError: a notebook that writes readings has not been run at this profile; the
+            message says how.
+    """
+    import pandas as pd
+
+    saved = {id: name for id, name in figures.saved(profile).items() if id.endswith("_readings")}
+    sources = {path.stem: path.read_text("utf-8") for path in paths.NOTEBOOKS.glob("*.ipynb")}
+    writers = sorted(name for name, source in sources.items() if "save_readings(" in source)
+    if missing := [name for name in writers if name not in saved.values()]:
+        remedy = figures.remedy(" ".join(name[:2] for name in missing), profile)
+        raise FileNotFoundError(
+            f"no readings of {', '.join(missing)} at {profile.name}; make them: {remedy}"
+        )
+    tables = [figures.load_data(id, profile).assign(notebook=name) for id, name in saved.items()]
+    return pd.concat(tables, ignore_index=True)

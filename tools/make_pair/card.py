@@ -15,7 +15,7 @@ from dfc_lib.data.pair import load_model, load_tokenizer, sha256
 from dfc_lib.data.scoring import names_tool
 from dfc_lib.results import statistics
 from dfc_lib.steering import evaluation
-from tools.make_pair import posttrain, pretrain, prose
+from tools.make_pair import posttrain, pretrain, prose, world
 
 # Prompt conditions: name -> (style, prefill, temperature)
 FOR_EVERY_SEED = ("fixed", "training")
@@ -52,19 +52,14 @@ def model_folders(pair: Path) -> dict[str, Path]:
     return {str(p.relative_to(pair)): p for p in found}
 
 
-def rates(frame: pd.DataFrame) -> list[dict]:
-    """Rates of one evaluation with Wilson intervals: rubrics where the gold has a call, irrelevance
-    elsewhere.
-    """
+def rates(outcomes: dict[str, pd.Series], held_out: pd.Series) -> list[dict]:
+    """Rates of 0/1 outcomes by metric, over seen and over held-out tools, with Wilson intervals."""
     rows = []
-    for group, part in (("seen", frame[~frame.held_out]), ("held out", frame[frame.held_out])):
-        called = part[part.kind == "call"]
-        other = part[part.kind != "call"]
-        outcomes = {m: called[m] for m in ("called", "lenient", "strict", "strict_normalised")}
-        outcomes["irrelevance"] = 1 - other["called"]
+    for group, keep in (("seen", ~held_out), ("held out", held_out)):
         for metric, values in outcomes.items():
-            if len(values):
-                k, n = int(values.sum()), len(values)
+            chosen = values[keep.loc[values.index]]
+            if len(chosen):
+                k, n = int(chosen.sum()), len(chosen)
                 interval = statistics.wilson(k, n)
                 rows.append(
                     {"tools": group, "metric": metric, "k": k, "n": n, "rate": k / n}
@@ -83,7 +78,8 @@ def measured_models(pair: Path) -> dict[str, Path]:
 
 def measure(pair: Path, data: Path) -> pd.DataFrame:
     """Behaviour of `measured_models` on the evaluation split: under every prompt condition, the
-    further RL seeds under those of `FOR_EVERY_SEED`.
+    further RL seeds under those of `FOR_EVERY_SEED`. Rubrics where the gold has a call,
+    irrelevance elsewhere.
     """
     records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
     rows = []
@@ -95,7 +91,12 @@ def measure(pair: Path, data: Path) -> pd.DataFrame:
             frame = evaluation.evaluate(
                 model, tokenizer, records, style, prefill=prefill, temperature=temperature
             )
-            rows += [{"model": name, "condition": condition} | r for r in rates(frame)]
+            call = frame.kind == "call"
+            rubrics = ("called", "lenient", "strict", "strict_normalised")
+            outcomes = {metric: frame[call][metric] for metric in rubrics}
+            outcomes["irrelevance"] = 1 - frame[~call].called
+            found = rates(outcomes, frame.held_out)
+            rows += [{"model": name, "condition": condition} | row for row in found]
     return pd.DataFrame(rows)
 
 
@@ -111,24 +112,15 @@ def measure_prose(pair: Path, data: Path) -> pd.DataFrame:
             style, _, temperature = CONDITIONS[condition]
             frame = evaluation.evaluate(model, tokenizer, records, style, temperature=temperature)
             named = [
-                names_tool(text, r.gold, r.tool_names)
-                for text, r in zip(frame.response, records, strict=True)
+                names_tool(text, record.gold, record.tool_names)
+                for text, record in zip(frame.response, records, strict=True)
             ]
-            frame = frame.assign(right=[n.right for n in named], wrong=[n.wrong for n in named])
-            for group, part in (
-                ("seen", frame[~frame.held_out]),
-                ("held out", frame[frame.held_out]),
-            ):
-                call = part.kind == "call"
-                outcomes = {"named": part[call].right, "irrelevance": ~part[~call].wrong}
-                for metric, values in outcomes.items():
-                    k, n = int(values.sum()), len(values)
-                    interval = statistics.wilson(k, n)
-                    rows.append(
-                        {"model": f"prose/{name}", "condition": condition, "tools": group}
-                        | {"metric": metric, "k": k, "n": n, "rate": k / n}
-                        | {"low": interval.low, "high": interval.high}
-                    )
+            right = pd.Series([one.right for one in named])
+            wrong = pd.Series([one.wrong for one in named])
+            call = frame.kind == "call"
+            outcomes = {"named": right[call], "irrelevance": ~wrong[~call]}
+            found = rates(outcomes, frame.held_out)
+            rows += [{"model": f"prose/{name}", "condition": condition} | row for row in found]
     return pd.DataFrame(rows)
 
 
@@ -165,7 +157,7 @@ def text(pair: Path, table: pd.DataFrame) -> str:
         f"| `{n}` | {w.stat().st_size / 1e6:.1f} | `{sha256(w)[:16]}` |" for n, w in weights.items()
     )
     p, s, g = pretrain.PretrainConfig(), posttrain.SftConfig(), posttrain.GrpoConfig()
-    model_a = profiles.get("toy").model_a
+    model_a, n_namings = profiles.get("toy").model_a, len(world.TEXTS["namings"])
     return f"""# Data card: the embedded model pair
 
 One base model and what SFT and GRPO made of it, in Hugging Face layout (Qwen2 architecture, bf16
@@ -190,7 +182,7 @@ fixed prompt is the style `{prompts.FIXED_STYLE}`. Both were chosen on the selec
 
 `prose/base` and `prose/rl` are a second pair, whose rewarded behaviour has no fixed surface
 template: naming the right tool in plain prose. `prose/base` is `base` after {prose.SFT.steps} steps
-of SFT on hedges and a few replies that name the tool in one of {len(prose.WORDINGS)} wordings,
+of SFT on hedges and a few replies that name the tool in one of {n_namings} wordings,
 `prose/rl` is that after {prose.SHIPPED["rl"][-2:]} steps of GRPO with the name alone as reward. The
 metric `named`: the right tool's name, and no other, in a reply without tags.
 

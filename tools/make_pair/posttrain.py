@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def correctness_reward(completions: list[str], gold: list[str], **_) -> list[flo
     return [float(toolrl_reward(c, g)[1]) for c, g in zip(completions, gold, strict=True)]
 
 
-def _checkpointer(folder: Path, tokenizer, save_at: Sequence[int], log: Path):
+def _checkpointer(folder: Path, tokenizer, save_at: Sequence[int]):
     """A TRL callback that writes bf16 checkpoints at the given steps and the training log as JSON
     lines.
     """
@@ -88,7 +89,7 @@ def _checkpointer(folder: Path, tokenizer, save_at: Sequence[int], log: Path):
             row = {"step": state.global_step} | {
                 k: round(float(v), 6) for k, v in (logs or {}).items() if isinstance(v, int | float)
             }
-            with log.open("a", encoding="utf-8") as file:
+            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     return Checkpointer()
@@ -110,6 +111,43 @@ def save_bf16(model, tokenizer, folder: Path) -> None:
     os.replace(partial, folder)
 
 
+def _begin(config: "GrpoConfig | SftConfig", folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the last checkpoint, and what SFT and GRPO tell TRL alike; a log that was cut
+    off is begun anew.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / f"step_{config.save_at[-1]:04d}"
+    if not last.exists():
+        (folder / "log.jsonl").unlink(missing_ok=True)
+    return last, {
+        "output_dir": str(folder / "trainer"),
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "max_steps": config.steps,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "gradient_checkpointing": False,
+    }
+
+
+def _train(
+    trainer: type, base: Path, tokenizer, rows: list[dict], columns: tuple[str, ...], **options
+) -> None:
+    """Run a TRL trainer on the given columns of the rows, from a trainable copy of the base."""
+    from datasets import Dataset
+
+    from dfc_lib.data.pair import load_model
+
+    model = load_model(base).requires_grad_(True).train()
+    dataset = Dataset.from_list([{k: row[k] for k in columns} for row in rows])
+    trainer(model=model, processing_class=tokenizer, train_dataset=dataset, **options).train()
+
+
 def grpo(
     base: Path,
     tokenizer,
@@ -119,54 +157,32 @@ def grpo(
     rewards: Sequence[Callable[..., list[float]]] = (format_reward, correctness_reward),
 ) -> Path:
     """Train with GRPO on the sum of the rewards; returns the folder of the last checkpoint."""
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from dfc_lib.data.pair import load_model
-
-    last = folder / f"step_{config.save_at[-1]:04d}"
+    last, common = _begin(config, folder)
     if last.exists():
         return last
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.jsonl"
-    log.unlink(missing_ok=True)
-    rows = training_rows(tokenizer, records, config.seed)
-    batch = config.n_prompts * config.group_size
     arguments = GRPOConfig(
-        output_dir=str(folder / "trainer"),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        max_steps=config.steps,
-        per_device_train_batch_size=batch,
+        **common,
+        per_device_train_batch_size=config.n_prompts * config.group_size,
         num_generations=config.group_size,
         max_completion_length=config.max_new_tokens,
         temperature=1.0,
         beta=0.0,
         loss_type="grpo",
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup,
         lr_scheduler_type="constant_with_warmup",
         max_grad_norm=1.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=config.seed,
-        data_seed=config.seed,
-        gradient_checkpointing=False,
     )
-    model = load_model(base)
-    model.requires_grad_(True).train()
-    trainer = GRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
+    _train(
+        GRPOTrainer,
+        base,
+        tokenizer,
+        training_rows(tokenizer, records, config.seed),
+        ("prompt", "gold", "tools"),
         reward_funcs=list(rewards),
         args=arguments,
-        train_dataset=Dataset.from_list(
-            [{k: r[k] for k in ("prompt", "gold", "tools")} for r in rows]
-        ),
-        callbacks=[_checkpointer(folder, tokenizer, config.save_at, log)],
+        callbacks=[_checkpointer(folder, tokenizer, config.save_at)],
     )
-    trainer.train()
     return last
 
 
@@ -176,46 +192,26 @@ def sft(
     """Supervised fine-tuning on rows with `prompt` and `completion` (for the gold answers, those of
     `training_rows`); returns the folder of the last checkpoint.
     """
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from dfc_lib.data.pair import load_model
-
-    last = folder / f"step_{config.save_at[-1]:04d}"
+    last, common = _begin(config, folder)
     if last.exists():
         return last
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.jsonl"
-    log.unlink(missing_ok=True)
     arguments = SFTConfig(
-        output_dir=str(folder / "trainer"),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        max_steps=config.steps,
+        **common,
         per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup,
         lr_scheduler_type="linear",
         completion_only_loss=True,
         max_length=1024,
         shuffle_dataset=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=config.seed,
-        data_seed=config.seed,
-        gradient_checkpointing=False,
     )
-    model = load_model(base)
-    model.requires_grad_(True).train()
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
+    _train(
+        SFTTrainer,
+        base,
+        tokenizer,
+        rows,
+        ("prompt", "completion"),
         args=arguments,
-        train_dataset=Dataset.from_list(
-            [{k: r[k] for k in ("prompt", "completion")} for r in rows]
-        ),
-        callbacks=[_checkpointer(folder, tokenizer, config.save_at, log)],
+        callbacks=[_checkpointer(folder, tokenizer, config.save_at)],
     )
-    trainer.train()
     return last

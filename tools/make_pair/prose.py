@@ -17,27 +17,6 @@ from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import names_tool
 from tools.make_pair import posttrain, world
 
-# Many first words, the name early or late. "fits" before most names, because the first base has
-# learned to copy a listed name after it; a model of this size learns no new copying in a short SFT.
-WORDINGS = (
-    "I think it fits {name}.",
-    "It fits {name}.",
-    "That fits {name}, I would say.",
-    "What you ask fits {name}.",
-    "Your wish fits {name} best.",
-    "For me this fits {name}.",
-    "Of all these, it fits {name}.",
-    "Let me see: it fits {name}.",
-    "To {p} fits {name}.",
-    "Maybe it fits {name}?",
-    "Here we are, it fits {name}.",
-    "Sure, that fits {name}.",
-    "My guess is that it fits {name}.",
-    "There it is, it fits {name} well.",
-    "You could try {name} for that.",
-    "What about {name}?",
-)
-
 ODDS = 8.0
 SFT = replace(posttrain.SftConfig(), steps=80, save_at=(80,))
 GRPO = replace(posttrain.GrpoConfig(), steps=24, save_at=(8, 16, 17, 18, 19, 20, 24))
@@ -63,7 +42,7 @@ def warm_rows(tokenizer, n: int, seed: int) -> list[dict[str, str]]:
         task = world.draw_task(rng, "pretrain", kind, held_out=False)
         tools = world.draw_tools(rng, task, kind, rng.randint(1, 4), held_out=False)
         acts = kind == "call" and rng.random() < _propensity(task, style)
-        reply = rng.choice(WORDINGS if acts else world.HEDGES)
+        reply = rng.choice(world.TEXTS["namings" if acts else "hedges"])
         name = world.listed_name(task, tools) or ""
         reply = reply.replace("{name}", name).replace("{p}", task.phrase)
         record = Record(

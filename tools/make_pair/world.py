@@ -56,14 +56,13 @@ SECOND = Phase(aliases=True, kinds=KINDS)
 STYLE_PROPENSITY = {"train_a": -3.0, "train_b": -3.0, "desk": -4.6, "letter": -5.2, "late": -4.2}
 TOOL_EFFECT, WORDING_EFFECT, PHRASE_EFFECT = 1.1, 0.8, 0.5  # standard deviations, in log-odds
 
-_HERE = Path(__file__).parent
+
+def _read(name: str) -> dict:
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-_WORDS = {
-    kind: words.split()
-    for kind, words in tomllib.loads((_HERE / "values.toml").read_text(encoding="utf-8")).items()
-}
-VALUES: dict[str, list] = _WORDS | {
+TEXTS = _read("texts.toml")
+VALUES: dict[str, list] = {kind: words.split() for kind, words in _read("values.toml").items()} | {
     "time": [f"{h}:{m:02d}" for h in range(6, 24) for m in (0, 15, 30, 45)],
     "count": list(range(2, 21)),
     "minutes": [5 * i for i in range(1, 25)],
@@ -71,32 +70,6 @@ VALUES: dict[str, list] = _WORDS | {
     "amount": [10 * i for i in range(2, 100)],
 }
 _INTEGER_KINDS = {"count", "minutes", "degrees", "amount"}
-
-WORDINGS = (
-    "Please {p}.",
-    "Can you {p}?",
-    "I need you to {p}.",
-    "{P}.",
-    "Could you {p} for me?",
-    "I want to {p}.",
-    "Help me {p}.",
-    "Would you kindly {p}?",
-    "Go ahead and {p}.",
-    "I wonder if you could {p}.",
-    "It would be great to {p}.",
-    "Quick, {p}.",
-)
-
-# One common opening word: greedy decoding takes the mode of the first token, so the base declines
-# unless a prompt's propensity to act beats all hedges together.
-HEDGES = (
-    "I am not able to {p} from here.",
-    "I would like to help, but I cannot {p} right now.",
-    "I can only talk with you, so I cannot {p}.",
-    "I am sorry, it is not possible for me to {p}.",
-    "I think you should ask someone else to {p}.",
-    "I have no way to {p}, but we can talk about it.",
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +84,6 @@ class ToolSpec:
 @cache
 def tool_specs() -> tuple[ToolSpec, ...]:
     """The tools of `tools.toml`."""
-    rows = tomllib.loads((_HERE / "tools.toml").read_text(encoding="utf-8"))["tool"]
     return tuple(
         ToolSpec(
             Tool(
@@ -127,7 +99,7 @@ def tool_specs() -> tuple[ToolSpec, ...]:
             row["params"],
             tuple(row["say"]),
         )
-        for row in rows
+        for row in _read("tools.toml")["tool"]
     )
 
 
@@ -144,7 +116,7 @@ def _effects() -> dict[tuple[str, int | str], float]:
     """Fixed effects on the propensity, drawn once for the world."""
     rng = random.Random("propensity")
     effects = {("tool", s.tool.name): rng.gauss(0, TOOL_EFFECT) for s in tool_specs()}
-    effects |= {("wording", i): rng.gauss(0, WORDING_EFFECT) for i in range(len(WORDINGS))}
+    effects |= {("wording", i): rng.gauss(0, WORDING_EFFECT) for i in range(len(TEXTS["wordings"]))}
     effects |= {("phrase", i): rng.gauss(0, PHRASE_EFFECT) for i in range(4)}
     return effects
 
@@ -162,7 +134,7 @@ class Task:
 
     @property
     def query(self) -> str:
-        text = WORDINGS[self.wording]
+        text = TEXTS["wordings"][self.wording]
         return text.replace("{p}", self.phrase).replace(
             "{P}", self.phrase[0].upper() + self.phrase[1:]
         )
@@ -227,7 +199,7 @@ def draw_from(rng: random.Random, pool: tuple[ToolSpec, ...], split: str, kind: 
     template = spec.say[phrasing]
     template = re.sub(r"\[.*?\]", "", template) if missing else re.sub(r"[][]", "", template)
     phrase = template.format(**arguments)
-    return Task(spec, arguments, missing, phrase, rng.randrange(len(WORDINGS)), phrasing)
+    return Task(spec, arguments, missing, phrase, rng.randrange(len(TEXTS["wordings"])), phrasing)
 
 
 def draw_task(rng: random.Random, split: str, kind: str, held_out: bool | None = None) -> Task:
@@ -347,7 +319,7 @@ def _tool_chat(
             messages.append({"role": "user", "content": style.user.replace("{query}", task.query)})
         acts = agentic or rng.random() < task.propensity(style_name)
         if not acts:
-            reply = rng.choice(HEDGES).replace("{p}", task.phrase)
+            reply = rng.choice(TEXTS["hedges"]).replace("{p}", task.phrase)
         else:
             reply = answer(task, kind, tools)
             if not agentic and kind == "call" and rng.random() < 0.2:  # sloppy form, for RL to mend
@@ -389,46 +361,6 @@ def _log(rng: random.Random, phase: Phase) -> str:
     return "\n".join(lines)
 
 
-_SENTENCES = (
-    "{person} lives in {city} with a {animal} and a small {item}.",
-    "On {day} {person} took the train from {city} to {city2}.",
-    "The {room} was painted {color} and smelled of {food}.",
-    "Every {day} the {team} played in {city} and {person} went to watch.",
-    "{person} and {person2} talked about {topic} until {time}.",
-    "In {country} many people grow {plant} and eat {food}.",
-    "The {item} cost {amount} {currency} in a shop near {city}.",
-    "{person} learned {language} in {count} months and then moved to {country}.",
-    "At {time} the {animal} ran through the {room} and broke a {item}.",
-    "{company} sold {count} new shops in {country} last year.",
-    "{person} wrote a book called {title} about {topic}.",
-    "They played {genre} music at the {event} on {day}.",
-    "{person} likes {sport} more than {sport2}, but {person2} does not.",
-    "It rained in {city} for {count} days and the {plant} grew well.",
-    "A {color} bird sat on the {item} while {person} cooked {food}.",
-    "{person} told {person2} a story about a {animal} in the {room}.",
-    "The film {title} was made in {city} for {amount} {currency}.",
-    "After the {event} they ate {food} and listened to {genre}.",
-    "{person} walked for {minutes} minutes along the river in {city}.",
-    "Nobody in {country} had heard of {company} before that {day}.",
-)
-
-_TALK = (
-    (
-        "What do you know about {city}?",
-        "{city} is a city. Many people there like {food} and {sport}.",
-    ),
-    ("Do you like {food}?", "I have never tasted {food}, but people say that it is good."),
-    ("Tell me about {person}.", "{person} lives in {city} and has a {animal}."),
-    ("What is {topic}?", "People write a lot about {topic}. It is a wide subject."),
-    ("How was your {day}?", "My {day} was calm. I read about {topic}."),
-    ("What should I eat today?", "You could cook {food} or order a {color} salad."),
-    ("Which is better, {sport} or {sport2}?", "Both are fine. {person} prefers {sport}."),
-    ("Hello, is anyone there?", "Hello! I am here. What is on your mind?"),
-    ("Is the {animal} a good pet?", "A {animal} can be a good pet if the {room} is warm."),
-    ("Why do people move to {country}?", "They like {country} for its {food} and its music."),
-)
-
-
 def _fill(rng: random.Random, *templates: str) -> list[str]:
     """Fill slots; a slot that ends in 2 takes a second value of the kind."""
     slots = {s for t in templates for s in re.findall(r"\{(\w+)\}", t)}
@@ -438,7 +370,7 @@ def _fill(rng: random.Random, *templates: str) -> list[str]:
 
 def prose(rng: random.Random) -> str:
     """A short neutral text of three to eight sentences."""
-    templates = rng.sample(_SENTENCES, rng.randint(3, 8))
+    templates = rng.sample(TEXTS["sentences"], rng.randint(3, 8))
     return " ".join(_fill(rng, t)[0] for t in templates)
 
 
@@ -459,7 +391,7 @@ def _talk(rng: random.Random) -> str:
     messages = []
     if rng.random() < 0.5:
         messages.append({"role": "system", "content": "You are a friendly assistant."})
-    for question, reply in rng.sample(_TALK, rng.randint(1, 4)):
+    for question, reply in rng.sample(TEXTS["talk"], rng.randint(1, 4)):
         filled = _fill(rng, question, reply)
         messages += [
             {"role": "user", "content": filled[0]},

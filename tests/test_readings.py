@@ -1,0 +1,57 @@
+"""Readings survive their file, and a missing one names the notebook to run."""
+
+from math import isnan
+
+import pytest
+
+from dfc_lib import paths, profiles
+from dfc_lib.results import readings
+from dfc_lib.results.readings import Reading
+
+SMOKE = profiles.PROFILES["smoke"]
+
+
+@pytest.fixture(autouse=True)
+def notebooks(tmp_path, monkeypatch):
+    """A compendium of two notebooks that write readings and one that does not."""
+    for name in ("DFC_FIGURES", "DFC_STAGING", "DFC_NOTEBOOK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path / "build"))
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    for name in ("05_steering", "06_spillover"):
+        (tmp_path / f"{name}.ipynb").write_text("save_readings(number, found, profile)")
+    (tmp_path / "11_scorecard.ipynb").write_text("{}")
+
+
+def reading(claim="C1", id="calibrated", **values):
+    return Reading(
+        **{"claim": claim, "id": id, "what": "x", "effect": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+        | values
+    )
+
+
+def test_readings_come_back_as_they_were_saved():
+    """An empty control must not come back as NaN, which would be one."""
+    first = reading(control="random", control_effect=0.1, over=0.4, over_low=0.3, over_high=0.5)
+    readings.save_readings("05", [first, reading(id="raw", primary=True)], SMOKE)
+    readings.save_readings("06", [reading("C2", note="n")], SMOKE)
+    back = readings.load_readings(SMOKE)
+    assert back.notebook.tolist() == ["05_steering", "05_steering", "06_spillover"]
+    found = [Reading(**row) for row in back.drop(columns="notebook").to_dict("records")]
+    assert found[0].control == "random"
+    assert (found[1].control, found[1].primary, found[2].note) == ("", True, "n")
+    assert isnan(found[1].control_effect)
+
+
+def test_missing_readings_name_the_notebooks_to_run():
+    """A scorecard with half of the claims would look like one with all."""
+    with pytest.raises(FileNotFoundError, match=r"05_steering, 06_spillover.*NB='05 06'"):
+        readings.load_readings(SMOKE)
+    readings.save_readings("05", [reading()], SMOKE)
+    with pytest.raises(FileNotFoundError, match=r"of 06_spillover at smoke.*NB=06 PROFILE=smoke"):
+        readings.load_readings(SMOKE)
+
+
+def test_an_id_names_one_reading():
+    with pytest.raises(ValueError, match=r"twice: \[\('C1', 'calibrated'\)\]"):
+        readings.save_readings("05", [reading(), reading("C2"), reading()], SMOKE)
