@@ -1,13 +1,15 @@
 """The first study's records: downloaded once, checked file by file, read into tidy tables."""
 
 import hashlib
+import http.client
+import io
 import json
+import urllib.error
 import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import requests
 
 from dfc_lib.data import public_records
 from dfc_lib.data.public_records import RecordsError, RecordsUnavailable
@@ -73,6 +75,10 @@ def stand_in() -> dict[tuple[str, str], str]:
         (GRIDS, "data/rankings/dfc-a.csv"): "rank,feature_idx\n0,136\n",
         (GRIDS, "results/autointerp/toolrl/0000000/feat_7.json"): json.dumps(feature),
         (GRIDS, "results/autointerp_local/dfc-a/feat_8.json"): json.dumps(silent),
+        (GRIDS, "models.jsonl"): "\n".join(
+            json.dumps({"name": name, "hyperparameters": {"layer": layer}})
+            for name, layer in (("antebe1/dfc-a", 13), ("sbhokare/dfc-a-l20", 20))
+        ),
         (GRIDS, "results/clusters/aexcl_assignments.csv"): "feature_idx,cluster_id\n0,1\n",
     }
 
@@ -99,19 +105,19 @@ def github(folder, monkeypatch) -> list[str]:
     """A stand-in of GitHub: one archive a commit; the addresses that were asked for."""
     asked = []
 
-    def retrieve(url, known_hash, fname, path, progressbar):
+    def urlopen(url, timeout):
         asked.append(url)
-        commit = url.rpartition("/")[2].removesuffix(".zip")
-        with zipfile.ZipFile(path / fname, "w") as packed:
+        commit, archive = url.rpartition("/")[2].removesuffix(".zip"), io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as packed:
             packed.writestr("repository-1/", "")
             packed.writestr("repository-1/not_listed.txt", "x")
             for file in (folder / commit[:7]).rglob("*"):
                 if file.is_file():
                     inside = file.relative_to(folder / commit[:7]).as_posix()
                     packed.write(file, f"repository-1/{inside}")
-        return str(path / fname)
+        return io.BytesIO(archive.getvalue())
 
-    monkeypatch.setattr("pooch.retrieve", retrieve)
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return asked
 
 
@@ -155,22 +161,21 @@ def test_a_damaged_file_is_named(folder, damage, said):
     assert str(path) in str(error.value)
 
 
-def test_no_network_is_said_with_a_way_out(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [urllib.error.URLError("no route"), http.client.IncompleteRead(b"")]
+)
+def test_no_network_is_said_with_a_way_out(folder, monkeypatch, error):
     def refuse(*_arguments, **_options):
-        raise requests.ConnectionError("no route")
+        raise error
 
-    monkeypatch.setattr("pooch.retrieve", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(RecordsUnavailable, match="DFC_PUBLIC_RECORDS"):
         public_records.fetch(progress=False)
 
 
 def test_a_damaged_archive_is_named(folder, monkeypatch):
-    def broken(url, known_hash, fname, path, progressbar):
-        (path / fname).write_bytes(b"no zip")
-        return str(path / fname)
-
-    monkeypatch.setattr("pooch.retrieve", broken)
-    with pytest.raises(RecordsError, match=f"{SWEEP[:7]}.zip is damaged"):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b"no zip"))
+    with pytest.raises(RecordsError, match=rf"{SWEEP}\.zip gave is damaged"):
         public_records.fetch(progress=False)
 
 
@@ -195,6 +200,11 @@ def test_tables_are_tidy_and_hold_no_prompt(folder):
     assert len(public_records.clusters(folder)) == 1
     for read in ("runs", "steered", "explanations", "uniform_scaling", "rankings", "clusters"):
         assert TEXT not in getattr(public_records, read)(folder).to_csv()
+
+
+def test_published_crosscoders_are_named_by_layer(folder):
+    assert public_records.names(folder) == ["antebe1/dfc-a"]
+    assert public_records.names(folder, layer=20) == ["sbhokare/dfc-a-l20"]
 
 
 def test_the_shipped_manifest_names_whole_checksums():

@@ -7,14 +7,17 @@ other functions read tables from it. Prompts are left out: they are not ours to 
 """
 
 import hashlib
+import http.client
 import json
 import os
 import shutil
+import tempfile
+import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dfc_lib import paths
+from dfc_lib import paths, store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,33 +74,28 @@ def fetch(folder: str | Path | None = None, progress: bool = True) -> Path:
 
 def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: bool) -> None:
     """Take one commit's files out of its archive on GitHub."""
-    import pooch
-    import requests
+    from tqdm.auto import tqdm
 
     url = f"https://github.com/{REPOSITORY}/archive/{commit}.zip"
-    name = f"{commit[:7]}.zip"
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        # GitHub packs an archive anew at times, so its own hash says nothing; each file's does.
-        archive = pooch.retrieve(url, None, name, place, progressbar=progress)
-    except (requests.RequestException, OSError) as error:
-        raise RecordsUnavailable(
-            f"the study's records cannot be downloaded from {url} ({type(error).__name__}). Set "
-            "DFC_PUBLIC_RECORDS to a folder that holds them, or try again with a network"
-        ) from error
-    try:
-        with zipfile.ZipFile(archive) as packed:
+    with tempfile.TemporaryFile() as archive:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                name = f"records {commit[:7]}"
+                with tqdm.wrapattr(answer, "read", desc=name, disable=not progress) as stream:
+                    shutil.copyfileobj(stream, archive)
+        except (OSError, http.client.HTTPException) as error:
+            raise RecordsUnavailable(
+                f"the study's records cannot be downloaded from {url} ({error}). Set "
+                "DFC_PUBLIC_RECORDS to a folder that holds them, or try again with a network"
+            ) from error
+        # GitHub packs an archive anew at times, so its hash would say nothing; each file's does.
+        try:
+            packed = zipfile.ZipFile(archive)
             top = packed.namelist()[0].partition("/")[0]
             for path in wanted:
-                target = place / commit[:7] / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with packed.open(f"{top}/{path}") as source, target.open("wb") as sink:
-                    shutil.copyfileobj(source, sink)
-    except (zipfile.BadZipFile, KeyError, IndexError) as error:
-        raise RecordsError(
-            f"{archive} is damaged ({error}); delete it and run this again"
-        ) from error
-    Path(archive).unlink()
+                store.write_atomically(place / commit[:7] / path, packed.read(f"{top}/{path}"))
+        except (zipfile.BadZipFile, KeyError, IndexError) as error:
+            raise RecordsError(f"what {url} gave is damaged ({error}); run this again") from error
 
 
 # -------------------------------------------------------------------------------------------------
@@ -207,6 +205,12 @@ def explanations(folder: Path) -> "pd.DataFrame":
             }
         )
     return pd.DataFrame(rows)
+
+
+def names(folder: Path, layer: int = 13) -> list[str]:
+    """The hub names of the published crosscoders of one layer; at 13 the 48 of the sweep."""
+    listed = _lines(folder, "d247064/models.jsonl")
+    return [one["name"] for one in listed if one["hyperparameters"]["layer"] == layer]
 
 
 def clusters(folder: Path) -> "pd.DataFrame":
