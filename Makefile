@@ -56,7 +56,7 @@ help: ## this text
 setup: environment ## make .venv, or bring it up to date (about 2.5 GB)
 
 figures: environment ## execute the notebooks that changed; figures/ and notebooks/ are their result
-	@$(python) -m tools.runner run --profile $(PROFILE) $(notebooks) $(jobs)
+	@$(python) -m tools.runner run --profile '$(PROFILE)' $(notebooks) $(jobs)
 
 smoke: environment ## the same with tiny budgets, into build/smoke/
 	@$(python) -m tools.runner run --profile smoke $(notebooks) $(jobs)
@@ -65,19 +65,19 @@ test: environment ## ruff, pytest, and every notebook at smoke through nbval
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m pytest -q
-	$(python) -m tools.runner check --profile smoke --lax $(notebooks) $(jobs)
+	$(python) -m tools.runner check --profile smoke $(notebooks) $(jobs)
 
 regress: environment ## every notebook at toy through nbval, its rounded results compared
-	$(python) -m tools.runner check --profile toy --lax $(notebooks) $(jobs)
+	$(python) -m tools.runner check --profile toy $(notebooks) $(jobs)
 
 pair: environment ## remake the embedded pair of models from nothing (resumes; says how long it takes)
 	@$(python) -m tools.make_pair
 
 sweep: environment ## the 48 crosscoders of notebook 08 (resumes; RAY=1: on a Ray cluster)
-	@$(python) -m dfc_lib.steering.sweep --profile $(PROFILE) $(if $(RAY),--ray)
+	@$(python) -m tools.sweep --profile '$(PROFILE)' $(if $(RAY),--ray)
 
 audit: environment ## does releasing a crosscoder leak the skill? CROSSCODER=folder (PROFILE= its pair)
-	@$(python) -m tools.audit '$(CROSSCODER)' --profile $(PROFILE)
+	@$(python) -m tools.audit '$(CROSSCODER)' --profile '$(PROFILE)'
 
 # The pages are copied into the repository's own layout, so that links hold here as on GitHub.
 book: environment ## the notebooks as a website in build/book/html (nothing is executed)
@@ -93,7 +93,7 @@ book: environment ## the notebooks as a website in build/book/html (nothing is e
 status: ## which notebooks and figures are stale, and why
 	@python='$(python)'; if ! "$$python" -c '$(recent_enough)' 2>/dev/null; then \
 		$(find_python); python="$$found"; fi; \
-	"$$python" -m tools.runner status --profile $(PROFILE)
+	"$$python" -m tools.runner status --profile '$(PROFILE)'
 
 clean: ## delete build/ and caches; notebooks, figures and .venv stay
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,9 @@
 It stands at the top because it is for ``notebooks/`` and ``tests/``, which lie below it.
 """
 
-from dfc_lib import profiles
+from dfc_lib import profiles, provenance
+
+provenance.fix_arithmetic()  # before anything loads torch; nbval's kernels inherit it
 
 
 def pytest_configure(config):

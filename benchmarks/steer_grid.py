@@ -12,8 +12,8 @@ nothing, and the engine decodes equal vectors once, which would flatter it. How 
 distinct is printed. All contenders decode greedily on the embedded pair, in float32, in the same
 process:
 
-- ``engine``: ``dfc_lib.steering.generation.generate`` as the notebooks call it, every prompt and cell in one
-  call.
+- ``engine``: ``dfc_lib.steering.generation.generate`` as the notebooks call it, every prompt and
+  cell in one call.
 - ``fair loop``: ``generation.generate_reference`` (Hugging Face's forward pass and KV cache), a
   batch of one; per prompt both models' activations, clean and reconstruction are computed once.
 - ``as published``: the same loop, where every cell of every prompt begins anew: both models'

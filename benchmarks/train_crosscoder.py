@@ -7,8 +7,8 @@
 Paper sizes: d_model 2048, D 8192 and 16384, k 45, 90 and 160, batch 1024. Contenders, all in
 float32 on the same random activations of two models, auxiliary loss off:
 
-- ``ours``: ``dfc_lib.crosscoder.training.train`` as the notebooks call it, with its batches, normaliser,
-  gradient clipping and logging.
+- ``ours``: ``dfc_lib.crosscoder.training.train`` as the notebooks call it, with its batches,
+  normaliser, gradient clipping and logging.
 - ``dense``: the plain loop of the published code: einsum, ReLU, top-k, scatter, einsum, Adam,
   clipping, and a second forward pass for the metrics. Masks are applied after each step only,
   which is cheaper than the published product in every forward pass.

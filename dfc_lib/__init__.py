@@ -1,17 +1,15 @@
 """Dedicated feature crosscoders: what reinforcement learning changed, feature by feature.
 
-The modules, in the order in which data meets them:
+What notebooks import, in the order in which data meets it; a module imports only from those above:
 
-- ``paths profiles``: where things are; how much of everything a run uses
-- ``pair prompts scoring``: models; prompt records and splits; rubrics and the ToolRL reward
-- ``corpora budget``: where a profile's texts come from; what it needs of memory and disk
-- ``activations``: caching the residual stream
-- ``crosscoder training``: the crosscoder; one training run
-- ``ranking autointerp geometry evolution``: reading its features
-- ``interventions generation``: changing the stream; generating
-- ``sweep``: the grid; ``statistics figures claims``: from outcomes to verdicts
-- ``toyworld``: how the embedded pair is made
-- ``freshness runner``: which notebooks need executing, and doing it (behind ``make``)
+- ``paths profiles store provenance``: where things are; how much of everything a run uses; what is
+  kept on disk, and what it was made with
+- ``data``: models, prompts, texts, their activations; how an answer is scored
+- ``crosscoder``: the crosscoder, its training, the recipes that notebooks share
+- ``steering``: interventions on the stream, generating under them, what models then do
+- ``reading``: ranking features, saying what they stand for, how they came to be
+- ``results``: statistics, tables, figures, and claims with their verdicts
+- ``study``: a profile with all of this behind it, which a notebook opens first
 
 Nothing heavy is imported here: every notebook kernel pays for this line.
 """

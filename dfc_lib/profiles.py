@@ -4,14 +4,15 @@
 ``toy``    the default and the published figures: the embedded pair on a two-core CPU
 ``qwen``   Qwen2.5-3B before and after ToolRL, from the Hugging Face hub, on one GPU
 
-A notebook asks for ``profile = profiles.load(PROFILE)`` and passes fields on; code never compares
-names. A profile of your own is a JSON file (see :func:`read`); its path goes wherever a profile's
-name does: ``make figures PROFILE=mine.json``.
+Their values are in ``profiles.toml``. A notebook asks for ``profile = profiles.load(PROFILE)`` and
+passes fields on; code never compares names. A profile of your own is a JSON file (see
+:func:`read`); its path goes wherever a profile's name does: ``make figures PROFILE=mine.json``.
 """
 
 import hashlib
 import json
 import os
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -75,9 +76,7 @@ class Profile:
 
     @property
     def identity(self) -> str:
-        """Its name, and for one read from a file a hash of what it sets: results depend on it."""
-        if not self.file:
-            return self.name
+        """Its name and a hash of what it sets, on which results depend."""
         settings = json.dumps(asdict(self) | {"file": ""})
         return f"{self.name} {hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
@@ -107,96 +106,6 @@ class Profile:
             raise ValueError(
                 f"profile {self.name}: k = {self.k} must lie in 1 .. dict_size = {self.dict_size}"
             )
-
-
-_TOY = Profile(
-    name="toy",
-    published=True,
-    pair="data/pair",
-    model_a="rl/step_0018",
-    model_b="base",
-    others=(("SFT", "sft/step_0160"), ("RL", "rl/step_0064")),
-    records="data/prompts",
-    neutral="data/neutral",
-    layer=2,
-    n_crosscoder_texts=4_000,
-    n_all_token_texts=1_000,
-    n_neutral_texts=1_000,
-    n_ranking=800,
-    n_selection=400,
-    n_evaluation=500,
-    n_steering=200,
-    dict_size=1_024,
-    k=16,
-    exclusive_share=0.10,
-    steps=1_000,
-    batch_size=256,
-    learning_rate=1e-3,
-    seeds=(0, 1, 2),
-    many_seeds=10,
-    n_random_directions=100,
-    n_bootstrap=2_000,
-    batch_generation=128,
-    max_new_tokens=80,
-    dtype="float32",
-    device="cpu",
-    threads=1,
-)
-
-PROFILES: dict[str, Profile] = {
-    "smoke": replace(
-        _TOY,
-        name="smoke",
-        published=False,
-        n_crosscoder_texts=256,
-        n_all_token_texts=64,
-        n_neutral_texts=64,
-        n_ranking=48,
-        n_selection=24,
-        n_evaluation=32,
-        n_steering=16,
-        dict_size=128,
-        k=8,
-        steps=60,
-        batch_size=128,
-        seeds=(0, 1),
-        many_seeds=2,
-        n_random_directions=4,
-        n_bootstrap=200,
-        batch_generation=32,
-    ),
-    "toy": _TOY,
-    # From the first study's sweep (arXiv 2606.26474): D = 8192, k = 90, Adam 1e-4, 9000 steps.
-    "qwen": replace(
-        _TOY,
-        name="qwen",
-        published=False,
-        pair=None,
-        model_a="chengq9/ToolRL-Qwen2.5-3B",
-        model_b="Qwen/Qwen2.5-3B",
-        # ToolRL's own runs start from the Instruct model: beside the pair, notebook 00 shows how
-        # much of the difference between A and B may be instruction tuning.
-        others=(("Instruct", "Qwen/Qwen2.5-3B-Instruct"),),
-        records="emrecanacikgoz/ToolRL",
-        neutral="HuggingFaceFW/fineweb:sample-10BT",
-        layer=13,
-        n_crosscoder_texts=2_000,  # ToolRL has 4,000 prompts; half of them fall to this split
-        n_all_token_texts=1_000,
-        n_neutral_texts=600,
-        n_ranking=600,
-        dict_size=8_192,
-        k=90,
-        steps=9_000,
-        batch_size=1_024,
-        learning_rate=1e-4,
-        many_seeds=3,
-        batch_generation=32,
-        max_new_tokens=256,
-        dtype="bfloat16",
-        device="cuda",
-        threads=0,
-    ),
-}
 
 
 def get(name: str) -> Profile:
@@ -243,34 +152,45 @@ def read(path: str | Path) -> Profile:
         )
     if path.stem in PROFILES:
         raise ValueError(f"profile file {path}: a profile is called {path.stem}; rename the file")
-    like = PROFILES[given.pop("like")]
-    if "model_a" in given or "model_b" in given:  # what is of the other pair does not belong here
-        given = {"pair": None, "others": {}} | given
-    fixed = {"name": path.stem, "published": False, "file": str(path)}
-    known = {field.name for field in fields(Profile)} - set(fixed)
-    if unknown := set(given) - known:
+    return _profile(path, given, PROFILES, name=path.stem, file=str(path))
+
+
+def _profile(path: Path, given: dict, known: Mapping[str, Profile], **fixed: Any) -> Profile:
+    """A profile from what a file says of it: all fields, or "like" and those that differ."""
+    like = known[given["like"]] if "like" in given else None
+    if like:
+        if "model_a" in given or "model_b" in given:  # what is of the other pair has no place here
+            given = {"pair": None, "others": {}} | given
+        given = {name: value for name, value in given.items() if name != "like"}
+        fixed |= {"published": False}
+    possible = {field.name for field in fields(Profile)} - {"file", *fixed}
+    if unknown := set(given) - possible:
         raise ValueError(
             f"profile file {path}: unknown field {sorted(unknown)[0]!r}; there are: "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(possible))}"
         )
-    values = {name: _value(path, name, value, getattr(like, name)) for name, value in given.items()}
-    return replace(like, **values, **fixed)
+    folder = path.parent if "file" in fixed else None
+    values = {
+        name: _value(path, name, value, getattr(like, name, value), folder)
+        for name, value in given.items()
+    }
+    return replace(like, **values, **fixed) if like else Profile(**values, **fixed)
 
 
-def _value(path: Path, name: str, value: Any, example: Any) -> Any:
-    """A field's value as the dataclass has it, paths made absolute."""
+def _value(path: Path, name: str, value: Any, example: Any, folder: Path | None) -> Any:
+    """A field's value as the dataclass has it, paths made absolute if they are in ``folder``."""
 
     def absolute(text: str) -> str:
-        found = path.parent / text.partition(":")[0]
-        return str(found) if found.exists() else text
+        found = folder and folder / text.partition(":")[0]
+        return str(found) if found and found.exists() else text
 
     if name == "others" and isinstance(value, Mapping):
         return tuple((model, absolute(source)) for model, source in value.items())
     if name == "pair" and isinstance(value, str | None):
         return absolute(value) if value else None
-    if isinstance(example, tuple) and isinstance(value, list):
+    if isinstance(value, list) and isinstance(example, tuple | list):
         return tuple(value)
-    if isinstance(example, float) and isinstance(value, int) and not isinstance(value, bool):
+    if type(example) is float and type(value) is int:
         return float(value)
     if type(value) is not type(example):
         raise ValueError(f"profile file {path}: {name} is {value!r}; it should be like {example!r}")
@@ -284,3 +204,16 @@ def load(name: str) -> Profile:
     The variable wins because a notebook names its profile in a literal and is executed at several.
     """
     return get(os.environ.get("DFC_PROFILE") or name)
+
+
+def _built_in() -> dict[str, Profile]:
+    # No string names the file, so it is not part of this module's code (`provenance`): a profile
+    # counts by what it sets, and one more makes nothing stale.
+    path = Path(__file__).with_suffix(".toml")
+    found: dict[str, Profile] = {}
+    for name, given in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        found[name] = _profile(path, given, found, name=name)
+    return found
+
+
+PROFILES = _built_in()  # by name

@@ -127,6 +127,11 @@ class Library:
 
 
 @cache
+def _this_library() -> Library:
+    return Library(Path(__file__).parents[1])
+
+
+@cache
 def code_hash(*modules: str) -> str:
     """16 hex digits that name the code of library modules and of all that they reach.
 
@@ -135,7 +140,7 @@ def code_hash(*modules: str) -> str:
     Raises:
         KeyError: the library has no such module.
     """
-    library = Library(Path(__file__).parents[1])
+    library = _this_library()
     sources = [f"import {name}" for name in modules]
     if unknown := set(modules) - set(library.files):
         raise KeyError(f"the library has no module {', '.join(sorted(unknown))}")

@@ -1,12 +1,27 @@
 """What is kept on disk is whole, and named by what it was made from."""
 
+import hashlib
+import json
 import os
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def key(*parts: Any) -> str:
+    """16 hex digits that name JSON values, whatever the order of a mapping's entries.
+
+    >>> key({"steps": 60, "seed": 0}, "tied") == key({"seed": 0, "steps": 60}, "tied")
+    True
+
+    What is kept is named by everything that it was made from: settings, data and the code
+    (:func:`dfc_lib.provenance.code_hash`).
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -24,21 +39,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def lock(stream: IO, wait: bool = True) -> None:
-    """Hold a file for this process; the system lets go when it is closed or its holder ends.
+def lock(path: Path, wait: bool = True) -> AbstractContextManager:
+    """Hold the lock whose file is ``path``; the system lets go however its holder ends.
+
+    >>> with lock(folder / ".lock"):
+    ...     ...  # nobody else is here
+
+    Folders on the way are created; the file stays.
 
     Raises:
-        OSError: another one holds it, and ``wait`` is false.
+        filelock.Timeout: on entering, when another one holds it and ``wait`` is false.
     """
-    if os.name == "nt":
-        import msvcrt
+    from filelock import FileLock
 
-        stream.seek(1 << 30)  # a locked byte cannot be read there, so lock one behind the text
-        msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, blocking=wait)
 
 
 def save_tensors(

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dfc_lib.data.activations import Tokens
-from dfc_lib.reading import autointerp
-from dfc_lib.reading.autointerp import MARKS, Corpus, Example, Explanation, PredicateExplainer
+from dfc_lib.reading import autointerp, dashboard, windows
+from dfc_lib.reading.autointerp import Explanation, PredicateExplainer
+from dfc_lib.reading.windows import MARKS, Corpus, Example
 
 KEY = "sk-secret-0123456789"
 WORDS = ["red", "green", "blue", "cat", "dog", "cow", "one", "two", "runs", "sits", "eats", "is"]
@@ -102,7 +103,7 @@ def test_a_cache_of_last_tokens_is_refused():
 
 
 def marked(pieces: list[str]) -> dict[str, set[str]]:
-    marks = autointerp._marks(pieces)
+    marks = windows._marks(pieces)
     return {
         piece: {n for n, m in zip(MARKS, row, strict=True) if m}
         for piece, row in zip(pieces, marks, strict=True)
@@ -153,7 +154,7 @@ def test_the_shared_beginning_is_the_template_s(corpus):
 @pytest.mark.parametrize("name", FEATURES)
 def test_examples_are_disjoint_and_negatives_inactive(corpus, name):
     activation = planted(corpus, FEATURES[name][0](corpus))
-    case = autointerp.examples(corpus, activation, n=20)
+    case = windows.examples(corpus, activation, n=20)
     texts = {part: {corpus.text[e.centre] for e in getattr(case, part)} for part in case._fields}
     assert not texts["explain"] & texts["detection"]
     assert texts["fuzzing"] <= texts["detection"]
@@ -162,8 +163,8 @@ def test_examples_are_disjoint_and_negatives_inactive(corpus, name):
             side = [e for e in part if e.active == truth]
             assert len({corpus.text[e.centre] for e in side}) == len(side)
         assert len({corpus.window[e.centre] for e in part}) == len(part)
-    windows = {e.tokens for e in case.explain}
-    assert not windows & {e.tokens for e in case.detection}
+    explained = {e.tokens for e in case.explain}
+    assert not explained & {e.tokens for e in case.detection}
     for e in [*case.explain, *case.detection]:
         window = activation[e.start : e.stop]
         assert e.activations == tuple(window.tolist())
@@ -179,7 +180,7 @@ def test_examples_are_disjoint_and_negatives_inactive(corpus, name):
 
 def test_half_of_the_negatives_are_hard(corpus):
     """The feature fires on a token in prose only: the hard negatives are that token in a prompt."""
-    case = autointerp.examples(corpus, planted(corpus, FEATURES["token in prose"][0](corpus)), n=20)
+    case = windows.examples(corpus, planted(corpus, FEATURES["token in prose"][0](corpus)), n=20)
     negatives = [e for e in case.detection if not e.active]
     hard = [e for e in negatives if e.kind == "hard"]
     assert len(hard) == len(negatives) // 2
@@ -188,11 +189,11 @@ def test_half_of_the_negatives_are_hard(corpus):
 
 def test_top_examples_are_the_strongest(corpus):
     activation = planted(corpus, is_token(corpus, " cow"))
-    case = autointerp.examples(corpus, activation, n=20, n_top=5)
+    case = windows.examples(corpus, activation, n=20)
     top = [activation[e.centre] for e in case.explain if e.kind == "top"]
     others = [activation[e.centre] for e in case.explain if e.kind == "quantile"]
     assert top == sorted(top, reverse=True)
-    assert len(top) == 5
+    assert len(top) == 10
     assert min(top) >= max(others)
     assert max(others) - min(others) > 0.5  # of all strengths, not of the next ones
 
@@ -200,9 +201,9 @@ def test_top_examples_are_the_strongest(corpus):
 def test_a_feature_too_rare_to_be_scored_gives_none(corpus):
     rare = np.zeros(len(corpus), dtype=np.float32)
     rare[np.flatnonzero(is_token(corpus, " cow"))[:3]] = 1.0
-    assert autointerp.examples(corpus, rare) is None
-    assert autointerp.examples(corpus, np.zeros(len(corpus))) is None
-    assert autointerp.examples(corpus, np.ones(len(corpus))) is None  # nothing inactive
+    assert windows.examples(corpus, rare) is None
+    assert windows.examples(corpus, np.zeros(len(corpus))) is None
+    assert windows.examples(corpus, np.ones(len(corpus))) is None  # nothing inactive
 
 
 # -- predicates and scores
@@ -211,7 +212,7 @@ def test_a_feature_too_rare_to_be_scored_gives_none(corpus):
 @pytest.fixture(scope="module")
 def cases(corpus):
     return {
-        name: autointerp.examples(corpus, planted(corpus, where(corpus), i), n=20)
+        name: windows.examples(corpus, planted(corpus, where(corpus), i), n=20)
         for i, (name, (where, _, _)) in enumerate(FEATURES.items())
     }
 
@@ -292,7 +293,7 @@ def test_codes_are_those_of_encode(corpus):
     x = torch.randn(len(corpus) + 5, 2, 8, generator=torch.Generator().manual_seed(0))
     crosscoder = SimpleNamespace(device="cpu", encode=lambda x: x.flatten(1).relu())
     source = SimpleNamespace(gather=lambda rows: x[torch.as_tensor(rows)])
-    found = autointerp.codes(crosscoder, source, corpus, batch_size=100).toarray()
+    found = windows.codes(crosscoder, source, corpus, batch_size=100).toarray()
     np.testing.assert_array_equal(found, x[corpus.rows].flatten(1).relu())
 
 
@@ -321,7 +322,7 @@ def window(tokens: list[str], activations: list[float], **options) -> Example:
 
 def test_the_table_escapes_text_and_marks_strong_tokens():
     example = window(["<|im_start|>", "a&b", "\n"], [2.0, 0.5, 0.0])
-    text = autointerp.example_table({"feature <1>": [example]})
+    text = dashboard.example_table({"feature <1>": [example]})
     assert "<mark><b>&lt;|im_start|&gt;</b></mark><b>a&amp;b</b>↵" in text
     assert "feature &lt;1&gt;" in text
 
@@ -331,7 +332,7 @@ def test_a_dashboard_is_self_contained_and_the_same_every_time(corpus, cases):
     scores = autointerp.interpret(cases, PredicateExplainer(corpus), progress=False).iloc[0]
     effect = pd.DataFrame({"side": ["promoted"], "token": ["<b>"], "effect": [1.0]})
     pages = [
-        autointerp.dashboard(
+        dashboard.dashboard(
             "A <feature>", corpus, activation, cases["a token"].explain, scores, effect
         )
         for _ in range(2)
@@ -349,7 +350,7 @@ def test_logit_effect_reads_through_norm_and_unembedding():
     model = SimpleNamespace(
         model=SimpleNamespace(norm=lambda x: x * 2), get_output_embeddings=lambda: head
     )
-    effect = autointerp.logit_effect(
+    effect = dashboard.logit_effect(
         model, torch.tensor([1.0, 0.5, 0.0]), SimpleNamespace(decode=lambda i: f"t{int(i[0])}"), n=2
     )
     assert effect.token.tolist() == ["t0", "t1", "t3", "t2"]
@@ -433,7 +434,7 @@ def explainer(server, tmp_path, monkeypatch):
 @pytest.fixture
 def cow(corpus):
     """Without line breaks in its snippets, which the server splits at."""
-    return autointerp.examples(
+    return windows.examples(
         corpus, planted(corpus, is_token(corpus, " cow") & corpus.mark("prose"))
     )
 

@@ -52,10 +52,10 @@ def test_blanked_halves_alone_make_islands_and_one_half_does_not():
     rows = geometry.Rows(np.tile(half, (1, 2, 1)).reshape(150, 24), np.zeros(150, int), ("shared",))
     blanked = geometry.masked(rows, LIKE)
     whole, _ = geometry.recovery(blanked, methods=("k-means",), **QUICK)
-    one, _ = geometry.recovery(geometry.half(blanked, 2), methods=("k-means",), **QUICK)
+    one, _ = geometry.recovery(geometry.half(blanked), methods=("k-means",), **QUICK)
     assert whole.ari.max() > 0.9
     assert one.ari.max() < 0.1
-    assert len(geometry.half(blanked, 2).labels) == 120  # B-exclusive rows have no A half
+    assert len(geometry.half(blanked).labels) == 120  # B-exclusive rows have no A half
 
 
 def test_random_rows_obey_the_mask():

@@ -39,6 +39,7 @@ BROUGHT_ALONG = {
     "yaml": "transformers",
     "nbformat": "papermill",
     "nbclient": "papermill",
+    "nbconvert": "jupyterlab",
     "huggingface_hub": "transformers",
     "IPython": "jupyterlab",
 }
@@ -107,17 +108,18 @@ def test_conda_environment_is_python_pip_and_the_lock():
     assert Version("3.11") in Requirement(f"python{PROJECT['requires-python']}").specifier
 
 
-def test_the_library_imports_only_what_is_declared():
+def test_the_code_imports_only_what_is_declared():
     """An undeclared import works only where something else happens to bring the package."""
     cluster = map(Requirement, PROJECT["optional-dependencies"]["cluster"])  # not in the lock
     declared = {canonicalize_name(r.name).replace("-", "_") for r in [*DIRECT, *cluster]}
-    for path in sorted((paths.ROOT / "dfc_lib").rglob("*.py")):
+    code = [*(paths.ROOT / "dfc_lib").rglob("*.py"), *(paths.ROOT / "tools").rglob("*.py")]
+    for path in sorted(code):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
             for top in {name.split(".")[0] for name in names}:
-                known = top in sys.stdlib_module_names or top == "dfc_lib" or top in BROUGHT_ALONG
+                known = top in {*sys.stdlib_module_names, *BROUGHT_ALONG, "dfc_lib", "tools"}
                 distribution = MODULES.get(top, top).replace("-", "_").lower()
                 assert known or distribution in declared, f"{path.name} imports {top}"
 
@@ -141,7 +143,7 @@ def test_importing_the_package_is_quick_and_light():
         "torch transformers sae_lens transformer_lens pandas numpy matplotlib papermill nbformat"
     )
     code = (
-        "import sys, dfc_lib, dfc_lib.paths, dfc_lib.profiles, tools.runner, dfc_lib.results.figures;"
+        "import sys, dfc_lib, dfc_lib.study, tools.runner, dfc_lib.results.figures;"
         f"print(*set({heavy.split()}) & set(sys.modules))"
     )
     result = subprocess.run(

@@ -323,7 +323,7 @@ def test_a_profile_file(folder, tmp_path):
     [
         ("a.json", "{", "cannot be read"),
         ("a.json", "{}", "needs an object with .like."),
-        ("a.json", '{"like": "toi"}', "smoke, toy, qwen"),
+        ("a.json", '{"like": "toi"}', "toy, smoke, qwen"),
         ("a.json", '{"like": "toy", "kk": 3}', "unknown field 'kk'"),
         ("a.json", '{"like": "toy", "k": "3"}', "k is '3'; it should be like 16"),
         ("a.json", '{"like": "toy", "published": true}', "unknown field 'published'"),

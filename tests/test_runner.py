@@ -1,6 +1,6 @@
 """The runner: what is stale, what a run leaves behind, and what it refuses.
 
-Tiny compendia are made in temporary folders: three notebooks and a library of two modules beside
+Tiny compendia are made in temporary folders: three notebooks and a library of three modules beside
 copies of the real leftmost ones, so that kernels see nothing of this checkout.
 """
 
@@ -16,16 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from dfc_lib import paths, profiles
+from dfc_lib import paths, profiles, provenance
 from tools import freshness, runner
-from tools.freshness import CompendiumError, code_text
+from tools.freshness import CompendiumError
 
 SMOKE, TOY = profiles.PROFILES["smoke"], profiles.PROFILES["toy"]
 
 FIRST = [
     '# The profile; DFC_PROFILE overrides.\nPROFILE = "toy"\nSCALE = 1.5  # a factor\nWORD = "a"',
     "from dfc_lib import alpha\nimport pandas as pd\n"
-    "from dfc_lib import figures, profiles\nprofile = profiles.load(PROFILE)",
+    "from dfc_lib import profiles\nfrom dfc_lib.results import figures\n"
+    "profile = profiles.load(PROFILE)",
     'import sys\nprint("50%|#####     | 1/2 [00:01<00:01]", file=sys.stderr)\n'
     "value = SCALE * alpha.double(2)\nvalue",
     'data = pd.DataFrame({"v": [value]})\n'
@@ -34,7 +35,7 @@ FIRST = [
 SECOND = [
     'PROFILE = "toy"',
     "def lazy():\n    from dfc_lib.beta import triple\n    return triple(1)",
-    "from dfc_lib import figures, profiles\n"
+    "from dfc_lib import profiles\nfrom dfc_lib.results import figures\n"
     'figures.load_data("00_values", profiles.load(PROFILE)).v.tolist(), lazy()',
 ]
 
@@ -61,11 +62,12 @@ def write_notebook(root: Path, name: str, sources: list[str], **declared) -> Pat
 
 
 def make_compendium(root: Path) -> Path:
-    library = root / "dfc_lib"
-    library.mkdir(parents=True)
-    for name in ("__init__", "paths", "profiles", "freshness", "figures"):
-        shutil.copy(Path(paths.__file__).with_name(f"{name}.py"), library)
-    shutil.copy(Path(paths.__file__).with_name("dfc.mplstyle"), library)
+    library, original = root / "dfc_lib", Path(paths.__file__).parent
+    (library / "results").mkdir(parents=True)
+    for file in ("__init__.py", "paths.py", "profiles.py", "profiles.toml", "provenance.py"):
+        shutil.copy(original / file, library)
+    for file in ("store.py", "results/__init__.py", "results/figures.py", "results/dfc.mplstyle"):
+        shutil.copy(original / file, library / file)
     (library / "alpha.py").write_text('"""Doubles."""\n\n\ndef double(x):\n    return 2 * x\n')
     (library / "beta.py").write_text("from . import gamma\n\n\ndef triple(x):\n    return 3 * x\n")
     (library / "gamma.py").write_text('TABLE = "gamma.toml"\n')
@@ -94,7 +96,7 @@ def fresh(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def all_ran(tmp_path_factory) -> tuple[Path, str]:
-    root = make_compendium(tmp_path_factory.mktemp("ran") / "compendium")
+    root = make_compendium(tmp_path_factory.mktemp("ran") / "a folder with spaces")
     return root, subprocess.run(
         [sys.executable, "-m", "tools.runner", "run", "--root", str(root)],
         cwd=paths.ROOT,
@@ -157,7 +159,7 @@ def test_the_published_profile_executes_in_place(ran, fresh):
     code = [c for c in after["cells"] if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in code] == [1, 2, 3, 4]
     assert outputs(path)[2][0]["data"]["text/plain"] == ["6.0"]
-    assert not list(ran.rglob("*.partial.ipynb"))
+    assert not (ran / "build/toy/staging/00_first").exists()
     assert "papermill" not in path.read_text()
 
 
@@ -177,8 +179,7 @@ def test_figures_are_published_with_the_key_of_their_notebook(ran):
     """The manifest must say by which code a figure was made."""
     (row,) = json.loads((ran / "figures" / "manifest.json").read_text())
     assert row["notebook"] == "00_first"
-    assert row["code_hash"] == runner.Project(ran, TOY).keys.key("00_first")
-    assert not (ran / "build/toy/staging/00_first").exists()
+    assert row["code_hash"] == runner.Project(ran, TOY).key("00_first")
 
 
 def test_the_run_reports_notebook_seconds_and_figures(all_ran):
@@ -191,7 +192,7 @@ def test_the_run_reports_notebook_seconds_and_figures(all_ran):
 def test_nothing_to_do_is_found_quickly_and_without_heavy_imports(ran):
     """A rerun with nothing changed must cost seconds, or nobody uses make."""
     code = (
-        "import sys; from dfc_lib import runner; status = runner.main(sys.argv[1:]);"
+        "import sys; from tools import runner; status = runner.main(sys.argv[1:]);"
         "heavy = {'torch', 'papermill', 'nbformat', 'pandas', 'numpy'} & set(sys.modules);"
         "sys.exit(status or bool(heavy))"
     )
@@ -233,7 +234,6 @@ def test_edits_that_change_no_result_keep_everything_fresh(ran):
     edit(ran / "notebooks/00_first.ipynb", "# a factor", "# a better comment")
     edit(ran / "notebooks/00_first.ipynb", "# 00_first", "# A title")
     edit(ran / "requirements.lock", "# pins", "# exact pins")
-    edit(ran / "dfc_lib/freshness.py", "class Library:", "class Library(object):")
     os.utime(ran / "data/input.txt", (0, 0))
     assert stale(ran) == {}
 
@@ -247,8 +247,8 @@ def test_edits_that_change_no_result_keep_everything_fresh(ran):
         ("dfc_lib/beta.py", "3 * x", "x * 3", {"01_second"}),  # imported inside a function
         ("dfc_lib/gamma.py", "TABLE", "NAME", {"01_second"}),  # imported by an import, relatively
         ("dfc_lib/gamma.toml", "x = 1", "x = 2", {"01_second"}),  # named by an imported module
-        ("dfc_lib/figures.py", "%.6g", "%.5g", {"00_first", "01_second"}),
-        ("dfc_lib/dfc.mplstyle", "savefig.dpi: 150", "savefig.dpi: 90", {"00_first", "01_second"}),
+        ("dfc_lib/results/figures.py", "%.6g", "%.5g", {"00_first", "01_second"}),
+        ("dfc_lib/results/dfc.mplstyle", "dpi: 150", "dpi: 90", {"00_first", "01_second"}),
         ("data/input.txt", "one", "two", {"00_first", "01_second"}),
         ("requirements.lock", "numpy==1", "numpy==2", {"00_first", "01_second", "02_alone"}),
         ("figures/00_values.csv", "6", "7", {"00_first"}),
@@ -259,6 +259,29 @@ def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(ran, file, old
     """Too little staleness publishes old numbers, too much costs hours."""
     edit(ran / file, old, new)
     assert set(stale(ran)) == expected
+
+
+def test_a_profile_counts_by_its_values(ran):
+    """A profile more must cost nothing; a setting that differs must cost a run."""
+    shutil.copytree(paths.ROOT / "tools", ran / "tools")
+    library = ran / "dfc_lib/profiles.toml"
+
+    def states() -> list[tuple[str, str]]:
+        line = [sys.executable, "-m", "tools.runner", "status"]
+        shown = subprocess.run(line, cwd=ran, capture_output=True, text=True, check=True).stdout
+        row = r"^\d\d_\w+ +(fresh|stale) +\d+(?:  changed: (profile))?"
+        return re.findall(row, shown, flags=re.M)
+
+    with library.open("a") as stream:
+        stream.write('\n[mine]\nlike = "toy"\nsteps = 7\n')
+    assert states() == [("fresh", "")] * 3
+    edit(library, "steps = 1_000", "steps = 1_001")
+    assert states() == [("stale", "profile")] * 3
+
+
+def test_another_arithmetic_makes_everything_stale(ran, monkeypatch):
+    monkeypatch.setenv("DFC_ARITHMETIC", "native")
+    assert stale(ran)["02_alone"] == "changed: arithmetic"
 
 
 @pytest.mark.parametrize("file", ["figures/00_values.csv", "build/toy/state/00_first.json"])
@@ -283,7 +306,7 @@ def test_status_tells_fresh_from_stale_and_why(ran):
     shown = runner.status(runner.Project(ran, TOY))
     assert re.search(r"00_first +fresh +\d+$", shown, flags=re.M)
     assert re.search(r"01_second +stale +\d+  changed: dfc_lib.beta$", shown, flags=re.M)
-    assert re.search(r"00_values +(now|\d+ \w+)  00_first \(fresh\)", shown)
+    assert re.search(r"00_values +20\d\d-\d\d-\d\d \d\d:\d\d  00_first \(fresh\)", shown)
 
 
 def test_status_in_a_clone_recognises_committed_figures(ran):
@@ -291,7 +314,8 @@ def test_status_in_a_clone_recognises_committed_figures(ran):
     shutil.rmtree(ran / "build")
     shown = runner.status(runner.Project(ran, TOY))
     assert "never run here; the committed figures come from this very code" in shown
-    edit(ran / "dfc_lib/alpha.py", "2 * x", "x + x")
+    manifest = ran / "figures/manifest.json"
+    edit(manifest, f'"{runner.Project(ran, TOY).key("00_first")}"', "null")  # saved outside a run
     assert "this very code" not in runner.status(runner.Project(ran, TOY))
 
 
@@ -307,9 +331,9 @@ def test_a_failing_cell_is_shown_and_replaces_nothing(ran, command):
     assert "00_first failed in cell [3]" in error
     assert "value = SCALE * alpha.triple(2)" in error
     assert "AttributeError" in error
-    partial = ran / "build/toy/notebooks/00_first.partial.ipynb"
-    assert str(partial) in error
-    assert "AttributeError" in partial.read_text()
+    unfinished = ran / "build/toy/staging/00_first/00_first.ipynb"
+    assert str(unfinished) in error
+    assert "AttributeError" in unfinished.read_text()
     assert {p: p.read_bytes() for p in before} == before
     assert set(stale(ran)) == {"00_first", "01_second"}
 
@@ -405,6 +429,18 @@ def test_notebooks_side_by_side_share_the_cores(fresh, command, monkeypatch, cor
     command(fresh, "run", "--jobs", "2", "--notebook", "01")
 
 
+@pytest.mark.skipif(None in provenance.arithmetic().values(), reason="not x86-64, or native")
+def test_kernels_have_the_one_arithmetic_and_the_profiles_threads(fresh, command):
+    """Another order of sums is other last bits, which a greedy token near a tie shows."""
+    names = [*provenance.ARITHMETIC, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED"]
+    code = f"import os; [os.environ[name] for name in {names}]"
+    path = write_notebook(fresh, "02_alone", [code])
+    command(fresh, "run", "--notebook", "02")
+    ((output,),) = outputs(path)
+    expected = [*provenance.ARITHMETIC.values(), "1", "1", "0"]
+    assert "".join(output["data"]["text/plain"]) == repr(expected)
+
+
 @pytest.mark.parametrize("value", ["0", "two"])
 def test_an_unusable_number_of_cores_is_named(monkeypatch, value):
     monkeypatch.setenv("DFC_CORES", value)
@@ -453,22 +489,23 @@ def test_what_the_longest_work_waits_for_begins_first(fresh):
         write_notebook(fresh, name, ["1"], needs=needs, minutes=minutes[name])
     write_notebook(fresh, "03_last", ["1"], needs=["01_second", "02_alone"])
     notebooks = freshness.load_notebooks(fresh)
-    runner._in_order(notebooks, list(notebooks), begun.append, print, jobs=1)
+    runner._in_order(notebooks, list(notebooks), begun.append, print, print, jobs=1)
     assert begun == ["00_first", "01_second", "02_alone", "03_last"]
     minutes["02_alone"] = 7
     write_notebook(fresh, "02_alone", ["1"], minutes=7)
     begun.clear()
     notebooks = freshness.load_notebooks(fresh)
-    runner._in_order(notebooks, list(notebooks), begun.append, print, jobs=1)
+    runner._in_order(notebooks, list(notebooks), begun.append, print, print, jobs=1)
     assert begun == ["02_alone", "00_first", "01_second", "03_last"]
 
 
 def test_the_lock_of_a_killed_run_is_taken_over(fresh, capsys):
     """A power cut must not require deleting a file by hand."""
     code = (
-        "import sys, time; from pathlib import Path; from dfc_lib import profiles, runner;"
+        "import sys, time; from pathlib import Path; from dfc_lib import profiles;"
+        "from tools import runner;"
         "project = runner.Project(Path(sys.argv[1]), profiles.PROFILES['toy']);"
-        "lock = runner._lock(project); lock.__enter__(); print('locked', flush=True);"
+        "lock = runner._alone(project); lock.__enter__(); print('locked', flush=True);"
         "time.sleep(60)"
     )
     line = [sys.executable, "-c", code, str(fresh)]
@@ -477,7 +514,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(fresh, capsys):
         with pytest.raises(CompendiumError, match=f"process {holder.pid} since"):
             runner.run(runner.Project(fresh, TOY))
         holder.kill()
-    with runner._lock(runner.Project(fresh, TOY)):
+    with runner._alone(runner.Project(fresh, TOY)):
         assert f"an earlier run (process {holder.pid} since" in capsys.readouterr().out
 
 
@@ -491,7 +528,7 @@ def test_overrides_go_to_a_folder_of_their_own(ran, command):
     command(ran, "run", "--notebook", "00", "-p", "SCALE=10", "--output", str(elsewhere))
     (row,) = json.loads((elsewhere / "figures/manifest.json").read_text())
     assert (elsewhere / "figures/00_values.csv").read_text() == "v\n40\n"
-    assert row["code_hash"] != runner.Project(ran, TOY).keys.key("00_first")
+    assert row["code_hash"] != runner.Project(ran, TOY).key("00_first")
     text = (elsewhere / "notebooks/00_first.ipynb").read_text()
     assert "injected-parameters" in text
     assert (ran / "notebooks/00_first.ipynb").read_bytes() == before
@@ -517,7 +554,7 @@ def test_a_run_that_cannot_be_meant_is_refused(fresh, capsys, arguments, message
     profile = [] if "--profile" in arguments else ["--profile", "smoke"]
     assert runner.main(["run", *profile, *arguments, "--root", str(fresh)]) == 1
     assert message in capsys.readouterr().err
-    assert not list(fresh.rglob("*.partial.ipynb"))
+    assert not (fresh / "build/smoke/staging").exists()
 
 
 # Reading the compendium
@@ -585,42 +622,19 @@ def test_magics_are_read_over_and_other_breakage_is_reported(tmp_path):
     """A cell that cannot be read would hide its imports from the runner."""
     root = make_compendium(tmp_path / "c")
     write_notebook(root, "03_magic", ["%matplotlib inline\nimport dfc_lib.beta", "%%bash\nls |"])
-    parts = runner.Project(root, TOY).keys.parts("03_magic")
+    parts = runner.Project(root, TOY).parts("03_magic")
     assert {"dfc_lib.beta", "dfc_lib.gamma"} < set(parts)
     assert "dfc_lib.alpha" not in parts
     write_notebook(root, "03_magic", ["1", "def f(:\n  pass"])
     with pytest.raises(CompendiumError, match=r"03_magic\.ipynb, code cell 2, line 1"):
-        runner.Project(root, TOY).keys.parts("03_magic")
+        runner.Project(root, TOY).parts("03_magic")
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("import dfc_lib.beta as b", {"beta", "gamma"}),
-        ("from dfc_lib.beta import triple", {"beta", "gamma"}),
-        ("from dfc_lib import alpha, beta", {"alpha", "beta", "gamma"}),
-        ("import importlib\nimportlib.import_module('dfc_lib.gamma')", {"gamma"}),
-        ("print('see dfc_lib.alpha for more')", set()),
-        ("import dfc_lib", set()),
-    ],
-)
-def test_imports_of_every_form_are_found(fresh, source, expected):
-    """A missed import means old results after an edit."""
-    found = freshness.Library(fresh).closure([source])
-    assert {name.removeprefix("dfc_lib.") for name in found} - {"dfc_lib"} == expected
-
-
-def test_code_text_drops_what_cannot_matter_and_nothing_else():
-    """Dropping too much would miss a change; keeping too much would rerun everything for a typo."""
-    source = '"""Doc."""\nx = "# no comment"  # one\n\n\ndef f():\n    """Doc\n    two."""\n'
-    source += '    s = """a\n\n    # b"""\n    return s\n'
-    assert (
-        code_text(source) == 'x = "# no comment"\ndef f():\n    s = """a\n    # b"""\n    return s'
-    )
-    assert '"""Doc."""' in code_text(source, docstrings=True)
-    assert code_text("def f(): 'doc'; return 1") == "def f(): 'doc'; return 1"
-    assert code_text("x = (") == "x = ("
-    assert code_text("a\r\nb") == code_text("a\nb")
+def test_a_module_that_is_not_python_is_named(fresh):
+    """A library in the middle of an edit is no reason for a traceback of the runner's."""
+    edit(fresh / "dfc_lib/gamma.py", "TABLE", "TABLE = (")
+    with pytest.raises(CompendiumError, match=r"gamma\.py:1: "):
+        runner.Project(fresh, TOY).parts("01_second")
 
 
 # nbval
@@ -643,10 +657,10 @@ def test_checked_cells_are_compared_always_and_regress_cells_where_published(fre
         item["outputs"] = [{"output_type": "stream", "name": "stdout", "text": text}]
         item["execution_count"] = 1
     path.write_text(json.dumps(content))
-    shown = command(fresh, "check", "--lax", "--profile", "smoke", status=1)
+    shown = command(fresh, "check", "--profile", "smoke", status=1)
     assert "FAILED notebooks/00_first.ipynb::Cell 2" in shown
     assert "1 failed, 3 passed" in shown
-    shown = command(fresh, "check", "--lax", "--profile", "toy", status=1)
+    shown = command(fresh, "check", "--profile", "toy", status=1)
     assert "FAILED notebooks/00_first.ipynb::Cell 1" in shown
     assert "2 failed, 2 passed" in shown
 
@@ -656,10 +670,10 @@ def test_check_leaves_committed_files_alone_and_compares_csvs(ran, command):
     (ran / "notebooks/02_alone.ipynb").unlink()
     committed = [*(ran / "notebooks").iterdir(), *(ran / "figures").iterdir()]
     before = {path: path.read_bytes() for path in committed}
-    assert "1 of 1 CSVs are byte-identical" in command(ran, "check", "--lax")
+    assert "1 of 1 CSVs are byte-identical" in command(ran, "check")
     assert {path: path.read_bytes() for path in committed} == before
     (row,) = json.loads((ran / "build/toy/check/figures/manifest.json").read_text())
-    assert row["code_hash"] == runner.Project(ran, TOY).keys.key("00_first")
+    assert row["code_hash"] == runner.Project(ran, TOY).key("00_first")
 
 
 def test_a_check_that_takes_too_long_is_ended(ran, command):

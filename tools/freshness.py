@@ -1,4 +1,4 @@
-"""What a notebook's results depend on, as one hash.
+"""What a notebook's results depend on, as one hash, and whether those that are here are fresh.
 
 A notebook declares in its metadata what cannot be read off its code::
 
@@ -8,10 +8,10 @@ A notebook declares in its metadata what cannot be read off its code::
             "outputs": ["activations"]}         what it leaves in build/<profile>/ for later ones
 
 Its *key* hashes everything that may change its results: its code cells, the library modules they
-import (followed through ``dfc_lib`` by reading syntax trees, lazy imports included) with the data
-files those name, its inputs' contents, the profile, overridden parameters, ``requirements.lock``
-and the keys of the notebooks it needs. Comments, blank lines, markdown and the library's docstrings
-are left out. Content decides, not times: a git checkout scrambles those.
+import (see :mod:`dfc_lib.provenance`), its inputs' contents, the profile's values, overridden
+parameters, ``requirements.lock`` and the keys of the notebooks it needs. Comments, blank lines,
+markdown and the library's docstrings are left out. Content decides, not times: a git checkout
+scrambles those.
 
 Standard library only: it runs before anything is known to need running.
 """
@@ -19,18 +19,18 @@ Standard library only: it runs before anything is known to need running.
 import ast
 import contextlib
 import hashlib
-import heapq
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from dfc_lib import paths, store
-from dfc_lib.provenance import Library, code_text, digest
+from dfc_lib import paths
+from dfc_lib.profiles import Profile
+from dfc_lib.provenance import CodeError, Library, code_text, digest
 
 
 class CompendiumError(Exception):
@@ -66,20 +66,40 @@ class Notebook:
     def code(self) -> list[str]:
         """The source of each code cell."""
         cells = (cell for cell in self.content["cells"] if cell["cell_type"] == "code")
-        return [_joined(cell["source"]) for cell in cells]
+        return ["".join(cell["source"]) for cell in cells]
+
+    @cached_property
+    def plain_code(self) -> list[str]:
+        """The same as plain Python: % and ! lines are ``pass``; cells in another language, empty.
+
+        Raises:
+            CompendiumError: a cell is no Python, so that its imports cannot be read.
+        """
+        plain = []
+        for number, source in enumerate(self.code, 1):
+            text = re.sub(r"(?m)^([ \t]*)[%!?].*$", r"\1pass", source)
+            try:
+                ast.parse(text)
+            except SyntaxError as error:
+                if not source.lstrip().startswith("%%"):
+                    raise CompendiumError(
+                        f"{self.path.name}, code cell {number}, line {error.lineno}: {error.msg}; "
+                        "the imports of every cell are read, so each must be Python (% and ! are "
+                        "fine)"
+                    ) from error
+                text = ""
+            plain.append(text)
+        return plain
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """The literals assigned in the cell tagged ``parameters``, by name."""
+        tagged = (c for c in self.content["cells"] if "parameters" in c["metadata"].get("tags", []))
         found: dict[str, Any] = {}
-        for cell in self.content["cells"]:
-            if "parameters" in cell["metadata"].get("tags", []):
-                for node in ast.parse(_joined(cell["source"])).body:
-                    if isinstance(node, ast.Assign | ast.AnnAssign):
-                        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                        with contextlib.suppress(ValueError):
-                            value = ast.literal_eval(node.value)
-                            found |= {t.id: value for t in targets if isinstance(t, ast.Name)}
+        for node in ast.parse("\n".join("".join(cell["source"]) for cell in tagged)).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                with contextlib.suppress(ValueError):
+                    found[node.targets[0].id] = ast.literal_eval(node.value)
         return found
 
 
@@ -87,7 +107,8 @@ def load_notebooks(root: Path) -> dict[str, Notebook]:
     """The numbered notebooks of ``root/notebooks``, each after those it needs, else by number.
 
     Raises:
-        CompendiumError: a file is no notebook, a need names none, or needs run in a circle.
+        CompendiumError: there is none, or a file is no notebook, a need names none, or needs run
+            in a circle.
     """
     found: dict[str, Notebook] = {}
     for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
@@ -102,27 +123,21 @@ def load_notebooks(root: Path) -> dict[str, Notebook]:
                 f"{path} is no notebook ({error}); restore it with git"
             ) from error
         found[path.stem] = Notebook(path, content)
-    for notebook in found.values():
-        for need in set(notebook.declared("needs")) - set(found):
+    if not found:
+        raise CompendiumError(f"no numbered notebooks in {root / 'notebooks'}")
+    needs = {name: set(notebook.declared("needs")) for name, notebook in found.items()}
+    for name in found:
+        for need in needs[name] - set(found):
             raise CompendiumError(
-                f"{notebook.path.name}: metadata.dfc.needs names {need!r}, "
+                f"{name}.ipynb: metadata.dfc.needs names {need!r}, "
                 f"which is none of: {', '.join(found)}"
             )
-    sorter = TopologicalSorter({name: nb.declared("needs") for name, nb in found.items()})
-    try:
-        sorter.prepare()
-    except CycleError as error:
-        circle = " -> ".join(error.args[1])
-        raise CompendiumError(f"notebooks need each other in a circle: {circle}") from error
     ordered: dict[str, Notebook] = {}
-    ready = list(sorter.get_ready())
-    heapq.heapify(ready)
-    while ready:
-        name = heapq.heappop(ready)
+    while left := [name for name in found if name not in ordered]:
+        name = next((name for name in left if needs[name] <= set(ordered)), None)
+        if name is None:
+            raise CompendiumError(f"some of these need each other in a circle: {', '.join(left)}")
         ordered[name] = found[name]
-        sorter.done(name)
-        for more in sorter.get_ready():
-            heapq.heappush(ready, more)
     return ordered
 
 
@@ -153,80 +168,80 @@ def with_needs(notebooks: dict[str, Notebook], names: Iterable[str]) -> list[str
 
 
 @dataclass
-class Contents:
-    """SHA-256 of files and folders, remembered by size and time so that rechecking is quick."""
+class Project:
+    """A compendium at one profile: where things go, and which notebooks are fresh.
 
-    memory: Path
-
-    @cached_property
-    def known(self) -> dict[str, list]:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(self.memory.read_text(encoding="utf-8"))
-        return {}
-
-    def file(self, path: Path) -> str:
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        if self.known.get(str(path), [])[:2] != stamp:
-            with path.open("rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            self.known[str(path)] = [*stamp, sha256]
-        return self.known[str(path)][2]
-
-    def of(self, path: Path) -> str:
-        """The hash of a file, of a folder's visible files with their names, or ``missing``."""
-        if path.is_file():
-            return self.file(path)
-        if not path.is_dir():
-            return "missing"
-        names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-        hidden = re.compile(r"\.|__pycache__$")
-        return digest(
-            [name.as_posix(), self.file(names[name])]
-            for name in sorted(names)
-            if not any(hidden.match(part) for part in name.parts)
-        )
-
-    def save(self) -> None:
-        """Failing to remember costs time only, so it is no error."""
-        with contextlib.suppress(OSError):
-            store.write_atomically(self.memory, json.dumps(self.known))
-
-
-@dataclass
-class Keys:
-    """The keys of a compendium's notebooks at one profile, as files are at first use."""
+    Files are taken as they are at first use: what is edited during a run counts as changed after.
+    """
 
     root: Path
-    profile: str
-    contents: Contents
-    notebooks: dict[str, Notebook]
+    profile: Profile
+    output: Path | None = None  # a folder for results, instead of the profile's own places
+    _inputs: dict[str, str] = field(default_factory=dict)
     _keys: dict[str, str] = field(default_factory=dict)
 
+    # -- where things go
+
     @cached_property
-    def modules(self) -> Library:
+    def build(self) -> Path:
+        if self.root == paths.ROOT or os.environ.get("DFC_BUILD"):
+            return paths.build(self.profile.name)
+        return self.root / "build" / self.profile.name
+
+    @property
+    def results(self) -> Path:
+        """Where state and unfinished notebooks are, and finished ones unless they are published."""
+        return self.output or self.build
+
+    @property
+    def published(self) -> bool:
+        return self.profile.published and not self.output
+
+    @property
+    def figures(self) -> Path:
+        return (self.root if self.published else self.results) / "figures"
+
+    def executed(self, name: str) -> Path:
+        """Where the executed notebook goes: over its own source if it is published."""
+        return (self.root if self.published else self.results) / "notebooks" / f"{name}.ipynb"
+
+    def staging(self, name: str) -> Path:
+        """The folder of a run that is not finished: its notebook, its figures, what it reported."""
+        return self.results / "staging" / name
+
+    def state_file(self, name: str) -> Path:
+        return self.results / "state" / f"{name}.json"
+
+    # -- what is fresh
+
+    @cached_property
+    def notebooks(self) -> dict[str, Notebook]:
+        return load_notebooks(self.root)
+
+    @cached_property
+    def library(self) -> Library:
         return Library(self.root)
 
     def parts(self, name: str, overrides: dict[str, Any] | None = None) -> dict[str, str]:
-        """Everything the notebook's results depend on: a readable name and a hash for each."""
+        """Everything the notebook's results depend on: a readable name and a hash for each.
+
+        Raises:
+            CompendiumError: a cell or a module is not Python.
+        """
         notebook = self.notebooks[name]
-        plain = []
-        for number, source in enumerate(notebook.code, 1):
-            try:
-                plain.append(_without_magics(source))
-            except SyntaxError as error:
-                raise CompendiumError(
-                    f"{notebook.path.name}, code cell {number}, line {error.lineno}: {error.msg}; "
-                    "the imports of every cell are read, so each must be Python (% and ! are fine)"
-                ) from error
         lock = self.root / "requirements.lock"
         pins = lock.read_text(encoding="utf-8").splitlines() if lock.exists() else []
+        try:
+            modules = self.library.closure(notebook.plain_code)
+        except CodeError as error:
+            raise CompendiumError(str(error)) from error
         return {
-            "profile": self.profile,
+            "profile": self.profile.identity,
+            "arithmetic": os.environ.get("DFC_ARITHMETIC") or "fixed",
             "its code cells": digest(code_text(text, docstrings=True) for text in notebook.code),
             **{f"parameter {key}": repr(value) for key, value in (overrides or {}).items()},
-            **{module: self.modules.fingerprint(module) for module in self.modules.closure(plain)},
-            **{item: self.contents.of(self.root / item) for item in notebook.declared("inputs")},
+            **{module: self.library.fingerprint(module) for module in modules},
+            **{item: self._input(item) for item in notebook.declared("inputs")},
             **{need: self.key(need) for need in notebook.declared("needs")},
             "requirements.lock": digest(pin for pin in pins if not pin.startswith("#")),
         }
@@ -239,24 +254,57 @@ class Keys:
             self._keys[name] = digest(sorted(self.parts(name).items()))
         return self._keys[name]
 
+    def _input(self, item: str) -> str:
+        if item not in self._inputs:
+            self._inputs[item] = contents(self.root / item)
+        return self._inputs[item]
 
-def code_hash(notebook: str, profile: str) -> str:
-    """The key of a notebook as it is now, for what is saved outside a run: in Jupyter, by nbval."""
-    contents = Contents(paths.build(profile, "state", "contents.json"))
-    return Keys(paths.ROOT, profile, contents, load_notebooks(paths.ROOT)).key(notebook)
+    def state(self, name: str) -> dict | None:
+        """What the last successful run recorded, None if there was none."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.state_file(name).read_text(encoding="utf-8"))
+        return None
+
+    def why_stale(self, name: str, overrides: dict[str, Any] | None = None) -> str | None:
+        """The first reason why the notebook must run, None when it is fresh."""
+        state = self.state(name)
+        if state is None:
+            return "never run here"
+        now, before = self.parts(name, overrides), state["parts"]
+        if changed := [part for part in {**before, **now} if now.get(part) != before.get(part)]:
+            return f"changed: {', '.join(changed[:3])}" + (" ..." if len(changed) > 3 else "")
+        executed = self.executed(name)
+        if not executed.exists():
+            return f"missing: {executed.name}"
+        if outputs_digest(executed.read_text(encoding="utf-8")) != state["outputs_sha256"]:
+            return "altered: its stored outputs"
+        for file, sha256 in state["files"].items():
+            now = contents(self.figures / file)
+            if now != sha256:
+                return f"{'missing' if now == MISSING else 'altered'}: {file}"
+        for item in self.notebooks[name].declared("outputs"):
+            if not (self.build / item).exists():
+                return f"missing: {item} in the build folder"
+        return None
 
 
-def _joined(source: str | list[str]) -> str:
-    return source if isinstance(source, str) else "".join(source)
+MISSING = "missing"
 
 
-def _without_magics(source: str) -> str:
-    """A cell as plain Python: % and ! lines become ``pass``; another language, empty."""
-    plain = re.sub(r"(?m)^([ \t]*)[%!?].*$", r"\1pass", source)
-    try:
-        ast.parse(plain)
-    except SyntaxError:
-        if source.lstrip().startswith("%%"):
-            return ""
-        raise
-    return plain
+def contents(path: Path) -> str:
+    """The sha256 of a file, a hash of a folder's visible files with their names, or ``MISSING``."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    if not path.is_dir():
+        return MISSING
+    names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    hidden = re.compile(r"\.|__pycache__$")
+    visible = (name for name in names if not any(hidden.match(part) for part in name.parts))
+    return digest([name.as_posix(), contents(path / name)] for name in visible)
+
+
+def outputs_digest(text: str) -> str:
+    """A hash of what the code cells of a notebook file show."""
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return digest([cell.get("execution_count"), cell.get("outputs")] for cell in cells)

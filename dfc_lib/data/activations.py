@@ -7,7 +7,7 @@ one series of shards per model; a killed run goes on after its last finished sha
 
 A cache directory holds::
 
-    manifest.json        what is cached (key, models, layer, ...) and each shard's rows and SHA-256
+    manifest.json        what is cached (key, models, layer, code, ...); each shard's rows, SHA-256
     rows.parquet         one line per vector: sequence, position, token, and what ``meta`` says
     tokens.safetensors   the token ids themselves
     A-00000.safetensors  "h": (rows of this shard, d_model)
@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,15 +26,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dfc_lib.data.pair import Pair, fingerprint, in_chunks, sha256
+from dfc_lib.data.pair import Pair, fingerprint, in_chunks, sha256, width
+from dfc_lib.provenance import code_hash
+from dfc_lib.store import save_tensors, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST, ROWS, TOKENS = "manifest.json", "rows.parquet", "tokens.safetensors"
+_SAMPLE = 32  # rows that linting recomputes
 
 
 class CacheError(RuntimeError):
@@ -79,15 +80,13 @@ def residual(
     """
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        error = _SiteReached()
-        error.value = output[0] if isinstance(output, tuple) else output
-        raise error
+        raise _SiteReached(output[0] if isinstance(output, tuple) else output)
 
     hook = model.model.layers[layer].register_forward_hook(leave)
     try:
         model.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
     except _SiteReached as reached:
-        return reached.value
+        return reached.args[0]
     finally:
         hook.remove()
     raise AssertionError("the model's forward pass did not go through its own block")
@@ -103,7 +102,6 @@ def cache(
     out_dir: str | Path,
     positions: Literal["last", "all"] = "last",
     batch_size: int = 32,
-    dtype: torch.dtype | None = None,
     meta: pd.DataFrame | Mapping[str, Sequence[Any]] | None = None,
     *,
     device: str | torch.device | None = None,
@@ -118,7 +116,6 @@ def cache(
         positions: ``"last"`` token of each sequence, or ``"all"`` tokens but the first (whose
             residual is an attention sink, the same for any text).
         batch_size: sequences per forward pass; halved by itself when memory runs out.
-        dtype: in which vectors are stored; default: the dtype that the models run in.
         meta: one entry per sequence and column, e.g. ``split``, ``label``; copied to each row.
         device: move each model here for its turn and back afterwards, for models that do not fit
             together. Default: run each where it is.
@@ -126,9 +123,11 @@ def cache(
             *left*-padded batches taken in the given order: right for the longest text of a batch,
             too early or on padding for the others. For the ladder between the protocols only.
 
-    A killed run is taken up by the same call: finished shards whose checksum holds are kept. Raises
-    :class:`CacheError` where ``out_dir`` holds another cache.
+    A killed run is taken up by the same call: finished shards whose checksum holds are kept, unless
+    the code that makes them has changed. Raises :class:`CacheError` where ``out_dir`` holds another
+    cache.
     """
+    import pandas as pd
     from tqdm.auto import tqdm
 
     if positions not in ("last", "all"):
@@ -136,49 +135,52 @@ def cache(
     if published_index and positions != "last":
         raise ValueError('published_index=True goes with positions="last" only.')
     out_dir, tokens = Path(out_dir), Tokens.of(sequences, at_least=1 if positions == "last" else 2)
-    width = batch_size if published_index else 0
-    dtype = dtype or next(next(iter(pair.models.values())).parameters()).dtype
-    rows = _row_table(tokens, positions, meta, width)
+    published = batch_size if published_index else 0
+    rows = _row_table(tokens, positions, meta, published)
+    content = tokens.ids.tobytes() + tokens.offsets.tobytes()
+    content += b"" if meta is None else pd.DataFrame(meta).to_csv(index=False).encode()
     manifest = {
         "models": {name: fingerprint(model) for name, model in pair.models.items()},
         "layer": pair.layer,
         "d_model": pair.d_model,
         "positions": positions,
-        "published_batches_of": width,
-        "dtype": str(dtype).removeprefix("torch."),
-        "n": len(rows),
-        "content": _content(tokens, meta),
+        "published_batches_of": published,
+        "content": hashlib.sha256(content).hexdigest(),
+        "code": code_hash(__name__),
     }
     manifest["key"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
     manifest["shards"] = [
-        {"file": f"{name}-{i:05d}.safetensors", "model": name, "rows": list(bounds), "sha256": None}
+        {"file": f"{name}-{i:05d}.safetensors", "model": name, "rows": bounds, "sha256": None}
         for name in pair.models
-        for i, bounds in enumerate(_shard_bounds(rows, rows_per_shard, width))
+        for i, bounds in enumerate(_shard_bounds(rows, rows_per_shard, published))
     ]
     _take_over_finished(manifest, out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _replace(out_dir / TOKENS, tokens.save)
-    _replace(out_dir / ROWS, lambda path: rows.to_parquet(path, index=False))
+
+    def save_manifest() -> None:
+        write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1))
+
+    arrays = {"ids": torch.from_numpy(tokens.ids), "offsets": torch.from_numpy(tokens.offsets)}
+    save_tensors(arrays, out_dir / TOKENS)
+    write_atomically(out_dir / ROWS, rows.to_parquet(index=False))
     manifest["sha256"] = {name: sha256(out_dir / name) for name in (TOKENS, ROWS)}
-    _write_manifest(manifest, out_dir)
+    save_manifest()
 
     total = len(rows) * len(pair.models)
     with tqdm(total=total, unit=" vectors", disable=not progress, dynamic_ncols=True) as bar:
         for name, model in pair.models.items():
             home = next(model.parameters()).device
             for shard in (s for s in manifest["shards"] if s["model"] == name):
-                start, stop = shard["rows"]
+                part = rows.iloc[slice(*shard["rows"])]
                 if shard["sha256"] is not None:
-                    bar.update(stop - start)
+                    bar.update(len(part))
                     continue
                 model.to(device or home)
-                h = _vectors(pair, model, tokens, rows.iloc[start:stop], batch_size, width, bar)
-                path = out_dir / shard["file"]
-                _replace(path, lambda partial, h=h: save_file({"h": h.to(dtype)}, partial))
-                shard["sha256"], shard["bytes"] = sha256(path), path.stat().st_size
-                _write_manifest(manifest, out_dir)
+                h = _vectors(model, pair.layer, tokens, part, batch_size, published, bar)
+                save_tensors({"h": h}, out_dir / shard["file"])
+                shard["sha256"] = sha256(out_dir / shard["file"])
+                save_manifest()
             model.to(home)
-    return Activations.open(out_dir, check=False)
+    return Activations.open(out_dir)
 
 
 @dataclass(frozen=True)
@@ -220,11 +222,6 @@ class Tokens:
         before = np.concatenate([[np.uint64(0)], running])[self.offsets[:-1]]
         return running - np.repeat(before, self.lengths)
 
-    def save(self, path: Path) -> None:
-        save_file(
-            {"ids": torch.from_numpy(self.ids), "offsets": torch.from_numpy(self.offsets)}, path
-        )
-
 
 def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) -> pd.DataFrame:
     """One line per vector: sequence, position in it (negative: on padding), token id, meta."""
@@ -234,10 +231,8 @@ def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) 
     if positions == "last":
         sequence, position = np.arange(len(tokens)), n - 1
         if published_batch:
-            longest = np.repeat(
-                np.maximum.reduceat(n, np.arange(0, len(n), published_batch)), published_batch
-            )[: len(n)]
-            position = (n - 1) - (longest - n)
+            longest = np.maximum.reduceat(n, np.arange(0, len(n), published_batch))
+            position = (n - 1) - (longest[sequence // published_batch] - n)
     else:
         sequence = np.repeat(np.arange(len(tokens)), n - 1)
         position = np.concatenate([np.arange(1, length) for length in n])
@@ -254,36 +249,21 @@ def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) 
     return pd.concat([table, meta.iloc[sequence].reset_index(drop=True)], axis=1)
 
 
-def _content(tokens: Tokens, meta: Any) -> str:
-    import pandas as pd
-
-    digest = hashlib.sha256(tokens.ids.tobytes() + tokens.offsets.tobytes())
-    digest.update(b"" if meta is None else pd.DataFrame(meta).to_csv(index=False).encode())
-    return digest.hexdigest()
-
-
 def _shard_bounds(rows: pd.DataFrame, per_shard: int, batch: int) -> Iterator[tuple[int, int]]:
     """Row ranges of about ``per_shard`` rows that split no sequence (nor any published batch)."""
-    if batch:
-        per_shard = max(batch, per_shard // batch * batch)
-    sequence = rows["sequence"].to_numpy()
-    start = 0
+    per_shard = max(batch, per_shard // batch * batch) if batch else per_shard
+    begins = np.unique(rows["sequence"].to_numpy(), return_index=True)[1]
+    start, ends = 0, np.append(begins[1:], len(rows))
     while start < len(rows):
-        stop = min(start + per_shard, len(rows))
-        if stop < len(rows) and sequence[stop] == sequence[stop - 1]:
-            begins = int(np.searchsorted(sequence, sequence[stop]))
-            stop = (
-                begins
-                if begins > start
-                else int(np.searchsorted(sequence, sequence[stop], "right"))
-            )
+        ahead = ends[ends > start]
+        stop = int(ahead[ahead <= start + per_shard].max(initial=ahead[0]))
         yield start, stop
         start = stop
 
 
 def _vectors(
-    pair: Pair,
     model: nn.Module,
+    layer: int,
     tokens: Tokens,
     rows: pd.DataFrame,
     batch_size: int,
@@ -291,30 +271,28 @@ def _vectors(
     bar: Any,
 ) -> Float[Tensor, "row d_model"]:
     """One model's vectors for ``rows`` (whole sequences), in their order, on the CPU."""
-    parameter = next(model.parameters())
-    out = torch.empty(len(rows), pair.d_model, dtype=parameter.dtype)
+    parameter, side = next(model.parameters()), "left" if published_batch else "right"
+    out = torch.empty(len(rows), width(model), dtype=parameter.dtype)
     sequence, first = np.unique(rows["sequence"].to_numpy(), return_index=True)
     spans = [slice(a, b) for a, b in zip(first, [*first[1:], len(rows)], strict=True)]
     position = torch.from_numpy(rows["position"].to_numpy(copy=True))
 
-    def run(items: Sequence[int], left: bool = False) -> None:
+    def run(items: Sequence[int]) -> None:
         texts = [torch.from_numpy(tokens[sequence[i]]).long() for i in items]
-        side = "left" if left else "right"
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side=side)
-        mask = None
-        if left:
-            mask = nn.utils.rnn.pad_sequence(
-                [torch.ones_like(t) for t in texts], batch_first=True, padding_side=side
-            ).to(parameter.device)
-        h = residual(model, pair.layer, ids.to(parameter.device), mask)
-        for vectors, text, i in zip(h, texts, items, strict=True):
-            offset = ids.shape[1] - len(text) if left else 0
-            out[spans[i]] = vectors[(position[spans[i]] + offset).to(h.device)].to("cpu")
+        padding, mask = [0] * len(texts), None
+        if published_batch:
+            padding = [ids.shape[1] - len(text) for text in texts]
+            mask = (torch.arange(ids.shape[1]) >= torch.tensor(padding)[:, None]).long()
+            mask = mask.to(parameter.device)
+        h = residual(model, layer, ids.to(parameter.device), mask)
+        for vectors, before, i in zip(h, padding, items, strict=True):
+            out[spans[i]] = vectors[(position[spans[i]] + before).to(h.device)].to("cpu")
             bar.update(spans[i].stop - spans[i].start)
 
     if published_batch:
         for start in range(0, len(spans), published_batch):
-            run(range(start, min(start + published_batch, len(spans))), left=True)
+            run(range(start, min(start + published_batch, len(spans))))
     else:  # like lengths together; the longest first, so that memory runs short early or never
         order = sorted(range(len(spans)), key=lambda i: -len(tokens[sequence[i]]))
         for _ in in_chunks(order, lambda _: 1, batch_size, lambda items, _: run(items)):
@@ -327,32 +305,21 @@ def _take_over_finished(manifest: dict, out_dir: Path) -> None:
     if not (out_dir / MANIFEST).exists():
         return
     earlier = _read_manifest(out_dir)
-    if earlier["key"] != manifest["key"]:
-        different = [
-            k for k in manifest if k not in ("key", "shards") and earlier.get(k) != manifest[k]
-        ]
+    different = [
+        k for k in manifest if k not in ("key", "shards") and earlier.get(k) != manifest[k]
+    ]
+    if different == ["code"]:
+        return  # the same request, answered by other code: it is made anew
+    if different:
         raise CacheError(
             f"{out_dir}: holds another cache (it differs in {', '.join(different)}). Give another "
             "folder, or delete this one."
         )
-    finished = {(s["file"], *s["rows"]): s for s in earlier["shards"] if s["sha256"]}
+    finished = {(s["file"], *s["rows"]): s["sha256"] for s in earlier["shards"] if s["sha256"]}
     for shard in manifest["shards"]:
-        old = finished.get((shard["file"], *shard["rows"]))
-        path = out_dir / shard["file"]
-        if old and path.is_file() and sha256(path) == old["sha256"]:
-            shard.update(old)
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name in the same folder, then rename: never half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _write_manifest(manifest: dict, out_dir: Path) -> None:
-    text = json.dumps(manifest, indent=1)
-    _replace(out_dir / MANIFEST, lambda path: path.write_text(text))
+        digest, path = finished.get((shard["file"], *shard["rows"])), out_dir / shard["file"]
+        if digest and path.is_file() and sha256(path) == digest:
+            shard["sha256"] = digest
 
 
 def _read_manifest(out_dir: Path) -> dict:
@@ -376,7 +343,7 @@ class Activations:
     """A finished cache, memory-mapped: opening reads no vector until one is asked for.
 
     ``rows`` is a DataFrame with one line per vector; ``tokens[i]`` the ids of sequence ``i``;
-    ``key`` 16 hex digits that name the content (models, layer, tokens, rows, dtype).
+    ``key`` 16 hex digits that name the content (models, layer, tokens, meta, code).
     """
 
     directory: Path
@@ -391,29 +358,25 @@ class Activations:
     _starts: tuple[int, ...]  # first row of each shard
 
     @staticmethod
-    def open(directory: str | Path, check: bool = True) -> Activations:
-        """Open a cache. ``check`` compares every shard with its SHA-256 (about 1 s per GB); sizes
-        are always compared. Raises :class:`CacheError` naming the file and the remedy."""
+    def open(directory: str | Path) -> Activations:
+        """Open a cache, after comparing every file with its SHA-256 (about 1 s per GB).
+
+        Raises :class:`CacheError` naming the file and the remedy.
+        """
         import pandas as pd
 
         directory = Path(directory)
         manifest = _read_manifest(directory)
         redo = "Run the same activations.cache(...) again: it redoes this and keeps the rest."
-        for shard in manifest["shards"]:
-            path = directory / shard["file"]
-            if shard["sha256"] is None:
+        digests = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+        for name, digest in (digests | manifest["sha256"]).items():
+            path = directory / name
+            if digest is None:
                 raise CacheError(f"{path}: not finished, its run was interrupted. {redo}")
             if not path.is_file():
                 raise CacheError(f"{path}: missing. {redo}")
-            if path.stat().st_size != shard["bytes"]:
-                size = f"{path.stat().st_size:,} of {shard['bytes']:,} bytes"
-                raise CacheError(f"{path}: truncated ({size}). {redo}")
-            if check and sha256(path) != shard["sha256"]:
-                raise CacheError(f"{path}: altered (its SHA-256 differs). {redo}")
-        for name, digest in manifest["sha256"].items():
-            path = directory / name
-            if not path.is_file() or sha256(path) != digest:
-                raise CacheError(f"{path}: missing or altered. {redo}")
+            if sha256(path) != digest:
+                raise CacheError(f"{path}: truncated or altered (its SHA-256 differs). {redo}")
         rows, arrays = pd.read_parquet(directory / ROWS), _mapped(directory / TOKENS)
         tokens = Tokens(arrays["ids"].numpy(), arrays["offsets"].numpy())
         names = tuple(manifest["models"])
@@ -448,25 +411,25 @@ class Activations:
         return torch.from_numpy(np.flatnonzero(keep))
 
     def gather(
-        self, indices: Int[Tensor, " row"] | Sequence[int], dtype: torch.dtype = torch.float32
+        self, indices: Int[Tensor, " row"] | Sequence[int]
     ) -> Float[Tensor, "row model d_model"]:
-        """The vectors at ``indices``, of all models, in that order."""
+        """The vectors at ``indices``, of all models, in that order; float32."""
         indices = torch.as_tensor(indices, dtype=torch.long)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.n:
             raise IndexError(f"indices must lie in 0..{self.n - 1}.")
-        out = torch.empty(len(indices), len(self.names), self.d_model, dtype=dtype)
+        out = torch.empty(len(indices), len(self.names), self.d_model)
         starts = torch.tensor(self._starts)
         shard = torch.searchsorted(starts, indices, right=True) - 1
         for s in shard.unique().tolist():
             here = (shard == s).nonzero()[:, 0]
             local = indices[here] - starts[s]
             for m, of_model in enumerate(self._shards):
-                out[here, m] = of_model[s][local].to(dtype)
+                out[here, m] = of_model[s][local].float()
         return out
 
-    def to_tensor(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row model d_model"]:
-        """All vectors, in memory."""
-        return torch.stack([torch.cat(s).to(dtype) for s in self._shards], dim=1)
+    def to_tensor(self) -> Float[Tensor, "row model d_model"]:
+        """All vectors, in memory; float32."""
+        return torch.stack([torch.cat(s).float() for s in self._shards], dim=1)
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
@@ -484,12 +447,7 @@ def lint(
     *,
     steps: int | None = None,
     batch_size: int | None = None,
-    split: str = "split",
-    sample: int = 32,
     seed: int = 0,
-    tolerance: float | None = None,
-    max_passes: float = 20.0,
-    max_duplicates: float | None = None,
 ) -> pd.DataFrame:
     """What a cache should be checked for before anything is trained on it.
 
@@ -497,18 +455,18 @@ def lint(
 
     - *last token*: every row of a ``"last"`` cache stands on its sequence's last token.
     - *token ids*: each row's token id is the one at that position.
-    - *from scratch* (needs ``pair``): ``sample`` rows recomputed one sequence at a time, without
-      batch or padding, from the last (or stated) token; largest ||difference|| / ||vector||. The
-      ``tolerance`` is 0.1 % by default, and 5 % in 16 bits, where batches of another size round
+    - *from scratch* (needs ``pair``): 32 rows (drawn with ``seed``) recomputed one sequence at a
+      time, without batch or padding, from the last (or stated) token; largest ||difference|| /
+      ||vector||. The limit is 0.1 %, and 5 % in 16 bits, where batches of another size round
       otherwise.
     - *non-finite*: vectors with NaN or infinity.
     - *duplicate vectors*: share of rows that repeat another's token prefix, and so its vector (not
-      counted on the vectors, which rounding makes differ between batches). ``max_duplicates`` is
-      1 % by default for ``"last"``, 50 % for ``"all"``, where texts share their first tokens.
+      counted on the vectors, which rounding makes differ between batches). The limit is 1 % for
+      ``"last"``, 50 % for ``"all"``, where texts share their first tokens.
     - *duplicate sequences*: sequences that occur more than once.
     - *split overlap*: sequences that occur in more than one value of the column ``split``.
-    - *passes* (needs ``steps`` and ``batch_size``): how often training sees each unique vector;
-      S1's 9,000 steps of 1,024 on 80,000 vectors are 115.
+    - *passes* (needs ``steps`` and ``batch_size``): how often training sees each unique vector, at
+      most 20; S1's 9,000 steps of 1,024 on 80,000 vectors are 115.
     """
     import pandas as pd
 
@@ -522,10 +480,8 @@ def lint(
     out: list[dict[str, Any]] = []
 
     def check(name: str, value: float, limit: float, meaning: str) -> None:
-        passed = bool(value <= limit)
-        out.append(
-            {"check": name, "passed": passed, "value": value, "limit": limit, "meaning": meaning}
-        )
+        line = {"check": name, "passed": bool(value <= limit), "value": value, "limit": limit}
+        out.append(line | {"meaning": meaning})
 
     if last:
         wrong = int((position != tokens.lengths[sequence] - 1).sum())
@@ -533,32 +489,27 @@ def lint(
     wrong = int((np.where(position >= 0, tokens.ids[at], -1) != rows["token"].to_numpy()).sum())
     check("token ids", wrong + int((position < 0).sum()), 0, "rows on padding or on another token")
     if pair is not None:
-        worst = _from_scratch(acts, pair, sample, seed)
+        worst = _from_scratch(acts, pair, seed)
         rounds = any(h.element_size() < 4 for shards in acts._shards for h in shards)
-        limit = (5e-2 if rounds else 1e-3) if tolerance is None else tolerance
-        check("from scratch", worst, limit, f"largest relative error of {sample} recomputed rows")
+        meaning = f"largest relative error of {_SAMPLE} recomputed rows"
+        check("from scratch", worst, 5e-2 if rounds else 1e-3, meaning)
     bad = sum(int((~torch.isfinite(h)).any(1).sum()) for shards in acts._shards for h in shards)
     check("non-finite", bad, 0, "vectors with NaN or infinity")
-    limit = (0.01 if last else 0.5) if max_duplicates is None else max_duplicates
+    limit = 0.01 if last else 0.5
     check("duplicate vectors", 1 - unique / acts.n, limit, "share of rows that repeat another")
-    repeated = len(whole) - len(np.unique(whole))
-    check(
-        "duplicate sequences",
-        repeated / len(whole),
-        limit,
-        "share of sequences that repeat another",
-    )
-    if split in rows:
-        pairs = pd.DataFrame({"text": whole[sequence], "split": rows[split].astype(str).to_numpy()})
+    repeated = (len(whole) - len(np.unique(whole))) / len(whole)
+    check("duplicate sequences", repeated, limit, "share of sequences that repeat another")
+    if "split" in rows:
+        pairs = pd.DataFrame({"text": whole[sequence], "split": rows["split"].to_numpy()})
         splits = pairs.drop_duplicates().groupby("text").size()
         check("split overlap", int((splits > 1).sum()), 0, "sequences that are in several splits")
     if steps is not None and batch_size is not None:
         passes = steps * batch_size / unique
-        check("passes", passes, max_passes, "times that training sees each unique vector")
+        check("passes", passes, 20.0, "times that training sees each unique vector")
     return pd.DataFrame(out)
 
 
-def _from_scratch(acts: Activations, pair: Pair, sample: int, seed: int) -> float:
+def _from_scratch(acts: Activations, pair: Pair, seed: int) -> float:
     """Largest ||cached - recomputed|| / ||recomputed|| over sampled rows and all models.
 
     For a "last" cache the recomputed vector is the *last* token's, whatever the row table says.
@@ -568,7 +519,7 @@ def _from_scratch(acts: Activations, pair: Pair, sample: int, seed: int) -> floa
             f"{acts.directory}: made with models {acts.names} at layer {acts.layer}, not "
             f"{pair.names} at {pair.layer}."
         )
-    index = np.random.default_rng(seed).choice(acts.n, min(sample, acts.n), replace=False)
+    index = np.random.default_rng(seed).choice(acts.n, min(_SAMPLE, acts.n), replace=False)
     cached, worst = acts.gather(index), 0.0
     for vectors, i in zip(cached, index, strict=True):
         row = acts.rows.iloc[i]

@@ -44,10 +44,10 @@ def decoder_rows(crosscoder: Crosscoder, alive: Sequence[int] | None = None) -> 
     return _unit(Rows(vectors[keep], labels[keep], crosscoder.partition.names))
 
 
-def half(rows: Rows, n_models: int, model: int = 0) -> Rows:
-    """One model's part of every vector; features that have none there are dropped."""
-    per_model = rows.vectors.reshape(len(rows.vectors), n_models, -1)
-    return _unit(Rows(per_model[:, model], rows.labels, rows.names))
+def half(rows: Rows) -> Rows:
+    """The first model's part of every vector (two models); features that have none are dropped."""
+    width = rows.vectors.shape[1] // 2
+    return _unit(Rows(rows.vectors[:, :width], rows.labels, rows.names))
 
 
 def masked_random(like: Mapping[str, int], d_model: int, seed: int = 0) -> Rows:
@@ -113,7 +113,7 @@ def _unit(rows: Rows) -> Rows:
 
 
 def plane(
-    vectors: Float[np.ndarray, "feature width"], seed: int = 0, n_neighbors: int = 15
+    vectors: Float[np.ndarray, "feature width"], seed: int = 0
 ) -> Float[np.ndarray, "feature 2"]:
     """UMAP on the cosine metric (arXiv 1802.03426): a picture, not a measurement."""
     import warnings
@@ -123,7 +123,7 @@ def plane(
         import umap
 
         mapper = umap.UMAP(
-            n_neighbors=min(n_neighbors, len(vectors) - 1),
+            n_neighbors=min(15, len(vectors) - 1),
             metric="cosine",
             random_state=seed,
             n_jobs=1,

@@ -14,7 +14,7 @@ The checks that need no truth (null pairs, mirror features, stability over seeds
 blocks explain) are here too, since they are read beside those that do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_COSINE = 0.9  # from here on two directions count as the same
+_BANK = 2**15  # samples after which the noise of a null pair repeats
 
 Target = Literal["error", "reconstruction"]
 
@@ -186,18 +187,14 @@ class NullPair:
     A source of activations like a cache (``n`` and ``gather``), so nothing is copied.
 
     Attributes:
-        source: activations ``(n, n_models, d_model)``: a tensor, an array or a cache.
-        model: the stream that is doubled.
+        source: activations ``(n, n_models, d_model)``: a tensor, an array or a cache; the first
+            model's are doubled.
         noise: root mean square norm of the isotropic Gaussian noise on the copy, raw units. Noise
-            repeats after ``bank`` samples, so that it is a function of the sample's index.
-        seed: of the noise.
+            repeats after 2**15 samples, so that it is a function of the sample's index.
     """
 
     source: AnyActivations
-    model: int = 0
     noise: float = 0.0
-    seed: int = 0
-    bank: int = 2**15
 
     @property
     def n(self) -> int:
@@ -208,19 +205,19 @@ class NullPair:
         indices = np.asarray(indices)
         stream = copy = self._stream(indices)
         if self.noise:
-            copy = stream + self._noise[torch.from_numpy(indices % self.bank)].to(stream.device)
+            copy = stream + self._noise[torch.from_numpy(indices % _BANK)].to(stream.device)
         return torch.stack([stream, copy], dim=1)
 
     def _stream(self, indices: np.ndarray) -> Float[Tensor, "batch d_model"]:
         is_source = isinstance(self.source, ActivationSource)
         rows = self.source.gather(indices) if is_source else self.source[indices]
-        return torch.as_tensor(rows)[:, self.model].float()
+        return torch.as_tensor(rows)[:, 0].float()
 
     @cached_property
     def _noise(self) -> Float[Tensor, "bank d_model"]:
         d_model = self._stream(np.arange(1)).shape[-1]
-        rng = torch.Generator().manual_seed(self.seed)
-        return torch.randn(self.bank, d_model, generator=rng) * (self.noise / d_model**0.5)
+        draw = torch.randn(_BANK, d_model, generator=torch.Generator().manual_seed(0))
+        return draw * (self.noise / d_model**0.5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,9 +238,8 @@ class Claims(NamedTuple):
 def block_claims(crosscoder: Crosscoder) -> Claims:
     """The features of a DFC's exclusive blocks, score 1; all others are never claimed."""
     model, _ = _norms(crosscoder)
-    mask = crosscoder.partition.mask()
-    score = torch.where(mask.sum(1) == 1, 1.0, -torch.inf)
-    return Claims(model, score)
+    exclusive = crosscoder.partition.mask().sum(1) == 1
+    return Claims(model, torch.where(exclusive, 1.0, -torch.inf))
 
 
 def norm_ratio_claims(crosscoder: Crosscoder) -> Claims:
@@ -263,14 +259,10 @@ def latent_scaling_claims(
     3, which claims a feature below 0.2 in the error and 0.5 in the reconstruction).
     """
     model, _ = _norms(crosscoder)
-    rows = torch.arange(len(model))
-    betas = latent_scaling(crosscoder, activations)
-    scores = []
-    for target in targets:
-        beta = betas[target][rows, model]
-        ratio = beta[rows, 1 - model] / beta[rows, model]
-        scores.append((1 - ratio.abs()).nan_to_num(-torch.inf, neginf=-torch.inf))
-    return Claims(model, torch.stack(scores).amin(0))
+    rows, betas = torch.arange(len(model)), latent_scaling(crosscoder, activations)
+    beta = torch.stack([betas[target][rows, model] for target in targets])
+    scores = 1 - (beta[:, rows, 1 - model] / beta[:, rows, model]).abs()
+    return Claims(model, scores.nan_to_num(-torch.inf, neginf=-torch.inf).amin(0))
 
 
 def _norms(crosscoder: Crosscoder) -> tuple[Int64[Tensor, " d_dict"], Float[Tensor, "d_dict 2"]]:
@@ -278,6 +270,16 @@ def _norms(crosscoder: Crosscoder) -> tuple[Int64[Tensor, " d_dict"], Float[Tens
         raise ValueError(f"claims compare two models, this crosscoder has {crosscoder.n_models}")
     norms = crosscoder.W_dec.detach().norm(dim=-1).cpu()
     return norms.argmax(1), norms
+
+
+@torch.no_grad()
+def _encoded(
+    crosscoder: Crosscoder, activations: AnyActivations
+) -> Iterator[tuple[Float[Tensor, "batch model d_model"], Float[Tensor, "batch d_dict"]]]:
+    """Batches of raw activations with their codes, on the crosscoder's device."""
+    for x in iterate_batches(activations):
+        x = x.to(crosscoder.device)
+        yield x, crosscoder.encode(x)
 
 
 @torch.no_grad()
@@ -300,9 +302,7 @@ def latent_scaling(
     power = torch.zeros(crosscoder.d_dict, dtype=torch.float64)
     # Sums over samples of f_i times the error and the reconstruction of each model.
     error, reconstruction = torch.zeros(2, *W_dec.shape, dtype=torch.float64)
-    for x in iterate_batches(activations):
-        x = x.to(crosscoder.device)
-        f = crosscoder.encode(x)
+    for x, f in _encoded(crosscoder, activations):
         y = f @ W_dec.flatten(1)
         rest = crosscoder.normaliser.apply(x).flatten(1) - y - crosscoder.b_dec.flatten()
         power += f.square().sum(0).cpu().double()
@@ -327,9 +327,9 @@ def latent_scaling(
 def firing_rates(crosscoder: Crosscoder, activations: AnyActivations) -> Float[Tensor, " d_dict"]:
     """Share of the samples on which each learned feature is active."""
     n, fired = 0, torch.zeros(crosscoder.d_dict, dtype=torch.float64)
-    for x in iterate_batches(activations):
-        n += len(x)
-        fired += (crosscoder.encode(x.to(crosscoder.device)) > 0).sum(0).cpu()
+    for _, f in _encoded(crosscoder, activations):
+        n += len(f)
+        fired += (f > 0).sum(0).cpu()
     return (fired / n).float()
 
 
@@ -346,7 +346,6 @@ def recovery(
     claims: Claims,
     truth: Truth,
     live: Bool[Tensor, " d_dict"],
-    min_cosine: float = MIN_COSINE,
 ) -> tuple["pd.DataFrame", "pd.DataFrame"]:
     """Hold claims against the truth.
 
@@ -355,7 +354,7 @@ def recovery(
 
     Returns:
         Two tables. Per planted exclusive feature: ``owner``, ``rate``, ``cosine`` (the largest with
-        a live decoder row of its model), ``learned`` (that is at least ``min_cosine``) and
+        a live decoder row of its model), ``learned`` (that is at least ``MIN_COSINE``) and
         ``score``, the largest of the live features that match it and would be claimed for its
         model; minus infinity if there is none. Per live learned feature: ``feature``, ``model``,
         ``score``, ``is_true`` (its row in ``model`` matches an exclusive feature of that model) and
@@ -368,34 +367,21 @@ def recovery(
     for m, name in enumerate("AB"):
         exclusive, mine = truth.exclusive(m), claims.model == m
         cosine = cosines(W_dec[:, m], truth.directions[exclusive, m])
-        matches = cosine >= min_cosine
-        is_true |= mine & matches.any(1)
         shared = cosines(W_dec[:, m], truth.directions[truth.owner < 0, m])
-        is_shared |= mine & (shared >= min_cosine).any(1)
+        is_true |= mine & (cosine >= MIN_COSINE).any(1)
+        is_shared |= mine & (shared >= MIN_COSINE).any(1)
         best = cosine[live].amax(0) if live.any() else torch.zeros(len(exclusive))
-        usable = matches & (live & mine)[:, None]
+        usable = (cosine >= MIN_COSINE) & (live & mine)[:, None]
         score = torch.where(usable, claims.score[:, None], -torch.inf).amax(0)
-        planted.append(
-            pd.DataFrame(
-                {
-                    "owner": name,
-                    "rate": truth.rate[exclusive].double().round(decimals=6).numpy(),
-                    "cosine": best.numpy(),
-                    "learned": (best >= min_cosine).numpy(),
-                    "score": score.numpy(),
-                }
-            )
-        )
-    features = live.nonzero().squeeze(-1)
-    learned = pd.DataFrame(
-        {
-            "feature": features.numpy(),
-            "model": np.array(["A", "B"])[claims.model[features].numpy()],
-            "score": claims.score[features].numpy(),
-            "is_true": is_true[features].numpy(),
-            "is_shared": is_shared[features].numpy(),
-        }
-    )
+        rate = truth.rate[exclusive].double().round(decimals=6)
+        columns = {"rate": rate, "cosine": best, "learned": best >= MIN_COSINE, "score": score}
+        columns = {key: column.numpy() for key, column in columns.items()}
+        planted.append(pd.DataFrame({"owner": name} | columns))
+    columns = {"score": claims.score, "is_true": is_true, "is_shared": is_shared}
+    columns = {key: column[live].numpy() for key, column in columns.items()}
+    names = np.array(["A", "B"])[claims.model[live].numpy()]
+    feature = live.nonzero().squeeze(-1).numpy()
+    learned = pd.DataFrame({"feature": feature, "model": names} | columns)
     return pd.concat(planted, ignore_index=True), learned
 
 
@@ -454,47 +440,39 @@ def block_table(
     import pandas as pd
 
     partition, W_dec = crosscoder.partition, crosscoder.W_dec
-    owned = [block for block in partition.blocks if len(block.models) == 1]
+    owned = [(block, block.models[0]) for block in partition.blocks if len(block.models) == 1]
     n, fired, total, squares = 0, 0, 0.0, 0.0
     error = torch.zeros(len(owned), 2, dtype=torch.float64)  # with the block, without
-    for x in iterate_batches(activations):
-        x = x.to(crosscoder.device)
-        f, z = crosscoder.encode(x), crosscoder.normaliser.apply(x)
+    for x, f in _encoded(crosscoder, activations):
+        z = crosscoder.normaliser.apply(x)
         residual = z - crosscoder.normaliser.apply(crosscoder.decode(f))
-        for i, block in enumerate(owned):
-            features, m = partition.slice(block.name), block.models[0]
-            error[i, 0] += residual[:, m].double().square().sum().cpu()
+        for i, (block, m) in enumerate(owned):
+            features = partition.slice(block.name)
             without = residual[:, m] + f[:, features] @ W_dec[features, m]
-            error[i, 1] += without.double().square().sum().cpu()
+            for j, left in enumerate((residual[:, m], without)):
+                error[i, j] += left.double().square().sum().cpu()
         n, fired = n + len(x), fired + (f > 0).sum(0).cpu()
-        total, squares = (
-            total + z.double().sum(0).cpu(),
-            squares + z.double().square().sum((0, 2)).cpu(),
-        )
+        total = total + z.double().sum(0).cpu()
+        squares = squares + z.double().square().sum((0, 2)).cpu()
     variance = squares - (total / n).square().sum(-1) * n
     live = (fired > 0) & (fired >= min_rate * n)
-    rows = []
-    for block, (with_block, without) in zip(owned, error, strict=True):
-        m = block.models[0]
-        rows.append(
-            {
-                "block": block.name,
-                "model": partition.model_names[m],
-                "n_features": block.size,
-                "live": int(live[partition.slice(block.name)].sum()),
-                "fve": float(1 - with_block / variance[m]),
-                "share": float((without - with_block) / variance[m]),
-            }
-        )
+    rows = [
+        {
+            "block": block.name,
+            "model": partition.model_names[m],
+            "n_features": block.size,
+            "live": int(live[partition.slice(block.name)].sum()),
+            "fve": float(1 - with_block / variance[m]),
+            "share": float((without - with_block) / variance[m]),
+        }
+        for (block, m), (with_block, without) in zip(owned, error, strict=True)
+    ]
     return pd.DataFrame(rows)
 
 
 @torch.no_grad()
 def mirrors(
-    crosscoder: Crosscoder,
-    activations: AnyActivations,
-    min_rate: float = 0.0,
-    min_cosine: float = MIN_COSINE,
+    crosscoder: Crosscoder, activations: AnyActivations, min_rate: float = 0.0
 ) -> "pd.DataFrame":
     """Pairs of an A-exclusive and a B-exclusive feature that are the same direction.
 
@@ -502,22 +480,21 @@ def mirrors(
     the pair's directions agree *and* the two fire together (``overlap`` near 1).
 
     Returns:
-        One row per pair of live features with cosine of at least ``min_cosine``: ``feature_A``,
+        One row per pair of live features with cosine of at least ``MIN_COSINE``: ``feature_A``,
         ``feature_B``, ``cosine``, ``overlap`` (samples on which both fire over samples on which
         either does).
     """
     import pandas as pd
 
     a, b = (crosscoder.partition.slice(f"{m}_exclusive") for m in crosscoder.partition.model_names)
-    n, both = 0, 0.0
-    fired_a, fired_b = 0.0, 0.0
-    for x in iterate_batches(activations):
-        fires = (crosscoder.encode(x.to(crosscoder.device)) > 0).float().cpu()
-        both = both + fires[:, a].T @ fires[:, b]
-        fired_a, fired_b, n = fired_a + fires[:, a].sum(0), fired_b + fires[:, b].sum(0), n + len(x)
-    least = max(1, min_rate * n)
+    n, both, fired = 0, 0.0, 0.0
+    for _, f in _encoded(crosscoder, activations):
+        fires = (f > 0).float().cpu()
+        both, fired = both + fires[:, a].T @ fires[:, b], fired + fires.sum(0)
+        n += len(f)
+    fired_a, fired_b, least = fired[a], fired[b], max(1, min_rate * n)
     cosine = cosines(crosscoder.W_dec[a, 0], crosscoder.W_dec[b, 1]).cpu()
-    found = (cosine >= min_cosine) & (fired_a >= least)[:, None] & (fired_b >= least)
+    found = (cosine >= MIN_COSINE) & (fired_a >= least)[:, None] & (fired_b >= least)
     i, j = found.nonzero(as_tuple=True)
     either = fired_a[i] + fired_b[j] - both[i, j]
     return pd.DataFrame(
@@ -531,15 +508,13 @@ def mirrors(
 
 
 def stability(
-    rows: Float[Tensor, "row d_model"],
-    others: Sequence[Float[Tensor, "other d_model"]],
-    min_cosine: float = MIN_COSINE,
+    rows: Float[Tensor, "row d_model"], others: Sequence[Float[Tensor, "other d_model"]]
 ) -> float:
     """Share of decoder rows that have a partner in another run, averaged over the other runs.
 
-    A partner is a row with a cosine of at least ``min_cosine``. NaN without rows or without runs.
+    A partner is a row with a cosine of at least ``MIN_COSINE``. NaN without rows or without runs.
     """
     if len(rows) == 0 or not others:
         return float("nan")
-    found = [(cosines(rows, other) >= min_cosine).any(1).double().mean() for other in others]
+    found = [(cosines(rows, other) >= MIN_COSINE).any(1).double().mean() for other in others]
     return float(torch.stack(found).mean())

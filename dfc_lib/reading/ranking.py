@@ -66,15 +66,10 @@ def discriminability(positive: "Codes", negative: "Codes") -> "pd.DataFrame":
 
 def _check(positive: "Codes", negative: "Codes") -> int:
     for name, side in (("positive", positive), ("negative", negative)):
-        if not hasattr(side, "shape") or len(side.shape) != 2:
+        if len(side.shape) != 2 or side.shape[0] < 2:
             raise ValueError(
-                f"{name} must be an array of shape (n_prompts, n_features), got "
-                f"{getattr(side, 'shape', type(side).__name__)}"
-            )
-        if side.shape[0] < 2 or side.shape[1] < 1:
-            raise ValueError(
-                f"{name} has shape {tuple(side.shape)}; a variance needs two prompts or more, and "
-                "there must be a feature"
+                f"{name} has shape {tuple(side.shape)}; it must be (n_prompts, n_features), and a "
+                "variance needs two prompts or more"
             )
     if positive.shape[1] != negative.shape[1]:
         raise ValueError(
@@ -195,29 +190,24 @@ def rank_within_blocks(table: "pd.DataFrame", blocks: Mapping[str, slice]) -> "p
         dead features) are ordered by AUROC, then by feature index.
 
     Raises:
-        ValueError: a slice reaches beyond the table, or has a step.
+        ValueError: a slice reaches beyond the table.
     """
     import pandas as pd
 
     parts = []
     for name, block in blocks.items():
-        start, stop, step = block.start or 0, block.stop, block.step
-        stop = len(table) if stop is None else stop
-        if step not in (None, 1) or not 0 <= start <= stop <= len(table):
+        if block.stop > len(table):
             raise ValueError(
                 f"block {name!r} is {block}, but the table has {len(table)} features; were they "
                 "encoded by another crosscoder?"
             )
-        part = table.iloc[start:stop].reset_index(drop=True)
-        part.insert(0, "feature", np.arange(start, stop))
+        part = table.iloc[block].rename_axis("feature").reset_index()
         part = part.sort_values(
             ["cohens_d", "auroc", "feature"], ascending=[False, False, True], ignore_index=True
         )
-        part.insert(0, "rank", np.arange(1, len(part) + 1))
+        part.insert(0, "rank", part.index + 1)
         part.insert(0, "block", name)
         parts.append(part)
-    if not parts:
-        raise ValueError("blocks is empty; name at least one block")
     return pd.concat(parts, ignore_index=True)
 
 
