@@ -30,7 +30,7 @@ class RecordsError(ValueError):
     """A file is missing, cut short or altered; the message names it and says what to do."""
 
 
-class RecordsUnavailable(OSError):
+class RecordsUnavailable(ConnectionError):
     """The records are not here and cannot be downloaded; says why."""
 
 
@@ -79,7 +79,7 @@ def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: b
     url = f"https://github.com/{REPOSITORY}/archive/{commit}.zip"
     with tempfile.TemporaryFile() as archive:
         try:
-            with urllib.request.urlopen(url, timeout=60) as answer:
+            with urllib.request.urlopen(url, timeout=30) as answer:
                 name = f"records {commit[:7]}"
                 with tqdm.wrapattr(answer, "read", desc=name, disable=not progress) as stream:
                     shutil.copyfileobj(stream, archive)
