@@ -14,7 +14,7 @@ process:
 
 - ``engine``: ``dfc_lib.steering.generation.generate`` as the notebooks call it, every prompt and
   cell in one call.
-- ``fair loop``: ``generation.generate_reference`` (Hugging Face's forward pass and KV cache), a
+- ``fair loop``: ``reference.generate_reference`` (Hugging Face's forward pass and KV cache), a
   batch of one; per prompt both models' activations, clean and reconstruction are computed once.
 - ``as published``: the same loop, where every cell of every prompt begins anew: both models'
   activations, the clean run, the reconstruction, the steered run. The activation passes stop at the
@@ -43,10 +43,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.reference import generate_reference
 from dfc_lib import paths, profiles
-from dfc_lib.crosscoder import recipes, training
+from dfc_lib.crosscoder import training
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
+from dfc_lib.crosscoder.recipes import Recipe
 from dfc_lib.data import prompts
 from dfc_lib.data.activations import residual
 from dfc_lib.data.pair import Pair, load_pair
@@ -69,12 +71,11 @@ def site_of(pair: Pair, prompt: list[int]) -> torch.Tensor:
 
 def shared_crosscoder(profile: profiles.Profile, h: torch.Tensor) -> tuple[Crosscoder, str]:
     """The notebooks' crosscoder if there is one (nothing is trained here), else a fresh one."""
-    reference, seed = recipes.Reference(profile, vectors="last", tie_shared=True), profile.seeds[0]
-    build = paths.build_root() / profile.name
+    build = paths.build(profile.name)
     if (build / "activations" / "train_last" / "manifest.json").is_file():
-        key = reference.activations.key
-        if (training.run_directory(reference.config(seed), build, key) / "cfg.json").is_file():
-            return reference.get(seed), "trained"
+        job = Recipe(profile, vectors="last", tie_shared=True).job(profile.seeds[0])
+        if (training.run_directory(job.config, build, job.data_key) / "cfg.json").is_file():
+            return job.run(build, progress=False), "trained"
     partition = Partition.dedicated(profile.dict_size, profile.exclusive_share)
     torch.manual_seed(0)
     fresh = Crosscoder.create(h.shape[-1], partition, profile.k, Normaliser.fit(h.cpu()))
@@ -110,9 +111,7 @@ def run_engine(pair: Pair, ids: list[list[int]], grid: dict, length: int, batch:
 
 
 def _one(pair: Pair, prompt: list[int], cell, length: int, hidden: torch.Tensor) -> list[int]:
-    return generation.generate_reference(
-        pair, "A", prompt, cell, max_new_tokens=length, hidden=hidden
-    )[0]
+    return generate_reference(pair, "A", prompt, cell, max_new_tokens=length, hidden=hidden)[0]
 
 
 def run_fair(pair: Pair, ids: list[list[int]], grid: dict, length: int, some: list[int]) -> Tokens:

@@ -52,7 +52,11 @@ class Study:
 
     @classmethod
     def open(cls, profile: str) -> "Study":
-        """Of a profile by name or file; ``DFC_PROFILE`` overrides, see :func:`profiles.load`."""
+        """Of a profile by name or file; ``DFC_PROFILE`` overrides, see :func:`profiles.load`.
+
+        Raises:
+            ValueError: there is no such profile (the message lists them).
+        """
         return cls(profiles.load(profile))
 
     # -- what there is
@@ -105,7 +109,7 @@ class Study:
         return prompts.encode(tokenizer, [prompts.chat_text(tokenizer, r, style) for r in records])
 
     def cache(self, name: str) -> "Activations":
-        """A cache of activations that notebook 01 made: ``train_all``, ``train_last``, ..."""
+        """A cache of the pair's activations, by name: ``train_all``, ``train_last``, ..."""
         from dfc_lib.data.activations import Activations
 
         return Activations.open(self.build / "activations" / name)
@@ -130,9 +134,14 @@ class Study:
         Args:
             recipes: by name, or names of :attr:`recipes`; default: all of these.
             seeds: default: the profile's.
+
+        Raises:
+            KeyError: there is no recipe of that name (the message lists them).
         """
         if not isinstance(recipes, Mapping):
-            names = self.recipes if recipes is None else recipes
+            names = list(self.recipes if recipes is None else recipes)
+            if unknown := [name for name in names if name not in self.recipes]:
+                raise KeyError(f"no recipe {unknown[0]!r}; there are: {', '.join(self.recipes)}")
             recipes = {name: self.recipes[name] for name in names}
         seeds = self.profile.seeds if seeds is None else list(seeds)
         jobs = {(name, s): recipe.job(s) for name, recipe in recipes.items() for s in seeds}
@@ -153,9 +162,14 @@ class Study:
 
         Args:
             model: one of the pair's by name, or any other with the pair's tokenizer.
+
+        Raises:
+            KeyError: the pair has no model of that name (the message lists them).
         """
         from dfc_lib.steering import evaluation
 
+        if isinstance(model, str) and model not in self.pair.models:
+            raise KeyError(f"no model {model!r}; this study has: {', '.join(self.pair.models)}")
         model = self.pair.models[model] if isinstance(model, str) else model
         limits = {
             "batch_size": self.profile.batch_generation,
@@ -178,6 +192,8 @@ class Study:
             cells: the grid; each cell is named by a tuple, one value a level. A shorter tuple (or
                 a single value) leaves the levels behind it missing.
             levels: what the values of a name mean; they are columns of the result.
+            options: go to ``intervene``, in place of the profile's limits and of ``out_dir``, where
+                what was generated is kept.
         """
         from dfc_lib.steering import evaluation
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
-from dfc_lib.crosscoder import kernels
+from dfc_lib.crosscoder import kernels, losses
 from dfc_lib.crosscoder.checkpoint import load, load_published
-from dfc_lib.crosscoder.model import Crosscoder, TrainingCrosscoder
+from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Block, Normaliser, Partition
 
 DFC = Partition.dedicated(40, 0.15)  # 6 + 6 + 28
@@ -35,12 +35,11 @@ def activations(partition=DFC, n=32, seed=0, dtype=torch.float64):
     return x * 2.5 * scale + scale
 
 
-def build(partition=DFC, cls=TrainingCrosscoder, seed=3, **fields):
+def build(partition=DFC, seed=3, **fields):
     """A small crosscoder in float64 with biases and a fitted normaliser."""
-    fields = {"dtype": torch.float64} | fields
-    if cls is TrainingCrosscoder:
-        fields = {"init_seed": seed, "decoder_init_norm": 1.0} | fields
-    crosscoder = cls.create(D_MODEL, partition, 5, Normaliser.fit(activations(partition)), **fields)
+    fields = {"dtype": torch.float64, "init_seed": seed} | fields
+    normaliser = Normaliser.fit(activations(partition))
+    crosscoder = Crosscoder.create(D_MODEL, partition, 5, normaliser, **fields)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # weights without the symmetry of the initial ones, forbidden ones kept 0
         for name, param in crosscoder.named_parameters():
@@ -52,19 +51,61 @@ def build(partition=DFC, cls=TrainingCrosscoder, seed=3, **fields):
     return crosscoder
 
 
-def by_hand(crosscoder, x):
-    """Features and reconstruction from the definition, in plain einsum with explicit masks."""
-    mask = crosscoder.partition.mask().to(x.dtype)
+def dense_code(crosscoder, x):
+    """Activations and what they came from, in plain einsum with explicit masks."""
+    mask = crosscoder.partition.mask().to(x)
     mean, scale = crosscoder.normaliser_mean, crosscoder.normaliser_scale
     z = (x - mean) / scale[:, None]
-    z_in = z - crosscoder.b_dec if crosscoder.cfg.apply_b_dec_to_input else z
     W_enc = crosscoder.W_enc * mask.T[:, None, :]
-    W_dec = crosscoder.W_dec * mask[:, :, None]
-    pre = torch.relu(torch.einsum("bmd,mdf->bf", z_in, W_enc) + crosscoder.b_enc)
-    values, indices = pre.topk(crosscoder.cfg.k, dim=-1)
-    f = torch.zeros_like(pre).scatter(-1, indices, values)
+    pre = torch.einsum("bmd,mdf->bf", z, W_enc) + crosscoder.b_enc
+    return z, pre, crosscoder.W_dec * mask[:, :, None]
+
+
+def strongest(pre, k, by_batch=False):
+    """The k strongest features per sample (or on average over the batch), the others 0."""
+    kept = pre.detach().flatten().topk(k * len(pre)) if by_batch else pre.detach().topk(k, dim=-1)
+    shape = pre.flatten() if by_batch else pre
+    chosen = torch.zeros_like(shape).scatter(-1, kept.indices, 1.0).view_as(pre)
+    return pre.relu() * chosen
+
+
+def by_hand(crosscoder, x):
+    """Features and reconstruction from the definition."""
+    z, pre, W_dec = dense_code(crosscoder, x)
+    f = strongest(pre, crosscoder.cfg.k, crosscoder.cfg.batchtopk and crosscoder.training)
     z_hat = torch.einsum("bf,fmd->bmd", f, W_dec) + crosscoder.b_dec
-    return f, z, z_hat, z_hat * scale[:, None] + mean
+    x_hat = z_hat * crosscoder.normaliser_scale[:, None] + crosscoder.normaliser_mean
+    return f, z, z_hat, x_hat
+
+
+def dense_loss(
+    crosscoder, x, shared_coef=0.0, exclusive_coef=0.0, variant="published", dead=None, aux_coef=0.0
+):
+    """The loss from its definition; gradients need ``constrain_grads_`` afterwards."""
+    f, z, z_hat, _ = by_hand(crosscoder, x)
+    partition, k = crosscoder.partition, crosscoder.cfg.k
+    mask = partition.mask()
+    shared = mask.all(1)
+    if variant == "published":
+        counts, groups = f, [mask[:, m] for m in range(partition.n_models)]
+    else:
+        zero_row = crosscoder.W_dec.detach().abs().sum(-1, keepdim=True) == 0
+        norms = torch.where(zero_row, 1.0, crosscoder.W_dec).norm(dim=-1)  # no NaN behind 0
+        counts, groups = f * (norms * ~zero_row.squeeze(-1)).sum(-1), [~shared]
+
+    def mean(keep):
+        return counts[:, keep].mean() if keep.any() else f.new_zeros(())
+
+    total = (z_hat - z).square().mean() + shared_coef * mean(shared)
+    total = total + exclusive_coef * sum(mean(group) for group in groups) / len(groups)
+    if dead is None or not dead.any() or variant == "published":
+        return total
+    _, pre, W_dec = dense_code(crosscoder, x)
+    n_dead = int(dead.sum())
+    only_dead = strongest(pre[:, dead], min(2 * k, n_dead))
+    explained = torch.einsum("bf,fmd->bmd", only_dead, W_dec[dead])
+    aux = (explained - (z - z_hat).detach()).square().mean() * min(n_dead / (2 * k), 1.0)
+    return total + aux_coef * aux
 
 
 # -- partition
@@ -188,9 +229,8 @@ def test_normaliser_refuses_useless_data(x, message):
 
 
 @pytest.mark.parametrize("partition", [DFC, PLAIN, THREE, WITH_PAIR])
-@pytest.mark.parametrize("apply_b_dec_to_input", [False, True])
-def test_encode_decode_and_error_equal_the_definition(partition, apply_b_dec_to_input):
-    crosscoder = build(partition, Crosscoder, apply_b_dec_to_input=apply_b_dec_to_input)
+def test_encode_decode_and_error_equal_the_definition(partition):
+    crosscoder = build(partition)
     x = activations(partition, seed=1)
     f, _, _, x_hat = by_hand(crosscoder, x)
     torch.testing.assert_close(crosscoder.encode(x), f)
@@ -258,14 +298,14 @@ def test_wrong_shapes_are_refused_with_the_expected_one(shape):
 
 
 def test_same_seed_same_initial_weights_and_equal_rows_in_every_model_of_a_feature():
-    first, second = (TrainingCrosscoder.create(D_MODEL, DFC, 5, init_seed=7) for _ in range(2))
-    other = TrainingCrosscoder.create(D_MODEL, DFC, 5, init_seed=8)
+    first, second = (Crosscoder.create(D_MODEL, DFC, 5, init_seed=7) for _ in range(2))
+    other = Crosscoder.create(D_MODEL, DFC, 5, init_seed=8)
     assert torch.equal(first.encoder, second.encoder)
     assert not torch.equal(first.encoder, other.encoder)
     shared = first.W_dec[DFC.slice("shared")]
     assert torch.equal(shared[:, 0], shared[:, 1])
     assert torch.equal(first.encoder, first.decoder)
-    torch.testing.assert_close(first.decoder.norm(dim=-1), torch.full((40,), 0.3))
+    torch.testing.assert_close(first.decoder.norm(dim=-1), torch.ones(40))
 
 
 def test_batchtopk_selects_over_the_batch_in_training_and_by_threshold_in_use():
@@ -341,43 +381,45 @@ def test_unknown_variant_is_refused():
 
 
 CASES = [
-    (partition, variant, batchtopk, tie, b_dec)
+    (partition, variant, batchtopk, tie)
     for partition, variant in itertools.product(
         (DFC, PLAIN, WITH_PAIR), ("published", "exclusive_only")
     )
-    for batchtopk, tie, b_dec in ((0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 0))
+    for batchtopk, tie in itertools.product((False, True), (False, True))
 ]
 
 
-@pytest.mark.parametrize(("partition", "variant", "batchtopk", "tie", "b_dec"), CASES)
-def test_sparse_gradients_equal_dense_ones(partition, variant, batchtopk, tie, b_dec):
+@pytest.mark.parametrize(("partition", "variant", "batchtopk", "tie"), CASES)
+def test_sparse_gradients_equal_dense_ones(partition, variant, batchtopk, tie):
     """Both sparse routes (autograd, and in place into gradient buffers) against dense autograd."""
-    crosscoder = build(
-        partition, batchtopk=bool(batchtopk), tie_shared=bool(tie), apply_b_dec_to_input=bool(b_dec)
-    )
+    crosscoder = build(partition, batchtopk=batchtopk, tie_shared=tie)
     x = activations(partition, seed=1)
     dead = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.4
-    losses, grads = [], []
-    for dense in (True, False):
-        crosscoder.zero_grad()
-        total, _ = crosscoder.loss(x, 0.3, 0.7, variant, dead=dead, aux_coef=0.5, dense=dense)
-        total.backward()
-        losses.append(total.detach())
-        grads.append({name: p.grad.clone() for name, p in crosscoder.named_parameters()})
-    for param in crosscoder.parameters():
-        param.grad.zero_()
-    forward = crosscoder.forward_sparse(x, in_place=True)
-    terms = crosscoder.loss_terms(forward, variant, dead, in_place=True)
-    total = (
-        terms["mse"] + 0.3 * terms["l1_shared"] + 0.7 * terms["l1_exclusive"] + 0.5 * terms["aux"]
-    )
-    total.backward()
-    crosscoder.constrain_grads_()
-    losses.append(total.detach())
-    grads.append({name: p.grad.clone() for name, p in crosscoder.named_parameters()})
+    crosscoder.train()  # where BatchTopK selects over the batch
+    options = {"dead": dead, "aux_coef": 0.5}
 
-    for loss, grad in zip(losses[1:], grads[1:], strict=True):
-        torch.testing.assert_close(loss, losses[0])
+    def in_place():
+        forward = crosscoder.forward_sparse(x, in_place=True)
+        terms = losses.terms(crosscoder, forward, variant, dead, in_place=True)
+        return losses.weigh(terms, 0.3, 0.7, 0.5)
+
+    totals, grads = [], []
+    for loss in (
+        lambda: dense_loss(crosscoder, x, 0.3, 0.7, variant, **options),
+        lambda: crosscoder.loss(x, 0.3, 0.7, variant, **options)[0],
+        in_place,
+    ):
+        for param in crosscoder.parameters():
+            param.grad = torch.zeros_like(param)
+        total = loss()
+        total.backward()
+        if len(totals) != 1:  # in autograd the constraints are part of the graph
+            crosscoder.constrain_grads_()
+        totals.append(total.detach())
+        grads.append({name: p.grad.clone() for name, p in crosscoder.named_parameters()})
+
+    for loss, grad in zip(totals[1:], grads[1:], strict=True):
+        torch.testing.assert_close(loss, totals[0])
         for name, expected in grads[0].items():
             assert expected.abs().max() > 0
             torch.testing.assert_close(grad[name], expected, msg=lambda m, n=name: f"{n}: {m}")
@@ -386,12 +428,12 @@ def test_sparse_gradients_equal_dense_ones(partition, variant, batchtopk, tie, b
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_sparse_gradients_equal_dense_ones_on_a_gpu():
     crosscoder, x = build().to("cuda"), activations(seed=1).to("cuda")
-    grads = []
-    for dense in (True, False):
-        crosscoder.zero_grad()
-        crosscoder.loss(x, 0.3, 0.7, "exclusive_only", dense=dense)[0].backward()
-        grads.append([p.grad.clone() for p in crosscoder.parameters()])
-    torch.testing.assert_close(grads[1], grads[0])
+    dense_loss(crosscoder, x, 0, 1e-3, "exclusive_only").backward()
+    crosscoder.constrain_grads_()
+    expected = [p.grad.clone() for p in crosscoder.parameters()]
+    crosscoder.zero_grad()
+    crosscoder.loss(x, 0, 1e-3, "exclusive_only")[0].backward()
+    torch.testing.assert_close([p.grad for p in crosscoder.parameters()], expected)
 
 
 def test_kernels_pass_gradcheck():
@@ -425,7 +467,7 @@ def test_the_auxiliary_loss_reaches_dead_features_and_no_others():
     crosscoder, x = build(), activations(seed=1)
     dead = torch.zeros(40, dtype=torch.bool)
     dead[15:25] = True
-    terms = crosscoder.loss_terms(crosscoder.forward_sparse(x), "exclusive_only", dead)
+    terms = losses.terms(crosscoder, crosscoder.forward_sparse(x), "exclusive_only", dead)
     terms["aux"].backward()
     touched = crosscoder.decoder.grad.abs().sum(-1) > 0
     assert touched[15:25].any()
@@ -442,14 +484,13 @@ def forbidden_is_zero(crosscoder, tensors):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("dense", [False, True])
-def test_forbidden_weights_gradients_and_moments_stay_zero_even_in_a_deepcopy(fused, dense):
+def test_forbidden_weights_gradients_and_moments_stay_zero_even_in_a_deepcopy(fused):
     crosscoder = copy.deepcopy(build(dtype=torch.float32))  # where gradient hooks would be lost
     optimiser = torch.optim.Adam(crosscoder.parameters(), lr=0.05, fused=fused)
     for step in range(20):
         optimiser.zero_grad()
         x = activations(seed=step, dtype=torch.float32)
-        crosscoder.loss(x, 0.01, 0.01, "exclusive_only", dense=dense)[0].backward()
+        crosscoder.loss(x, 0.01, 0.01, "exclusive_only")[0].backward()
         torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), 1.0)
         optimiser.step()
     weights = [crosscoder.encoder, crosscoder.decoder]
@@ -469,22 +510,6 @@ def test_gradients_through_the_public_encode_and_decode_obey_the_partition():
     assert torch.equal(shared[:, 0], shared[:, 1])
 
 
-def test_saelens_own_trainer_trains_it_and_keeps_the_partition():
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    crosscoder = build(dtype=torch.float32, aux_coef=1 / 32, exclusive_coef=1e-3)
-    before = crosscoder.loss(activations(n=256, dtype=torch.float32))[1]["mse"].item()
-    cfg = SAETrainerConfig(
-        total_training_samples=40 * 32, train_batch_size_samples=32, lr=0.01, lr_end=0.001,
-        dead_feature_window=3, logger=LoggingConfig(log_to_wandb=False),
-    )  # fmt: skip
-    batches = (activations(seed=s, dtype=torch.float32).flatten(1) for s in itertools.count())
-    trained = SAETrainer(cfg=cfg, sae=crosscoder, data_provider=batches).fit()
-    assert trained.loss(activations(n=256, dtype=torch.float32))[1]["mse"].item() < 0.8 * before
-    trained.check_integrity()
-
-
 # -- files
 
 
@@ -495,11 +520,9 @@ def test_saved_crosscoder_is_read_back_by_load_and_by_saelens(tmp_path, batchtop
     crosscoder.eval().save(tmp_path)
     expected = crosscoder.encode(x)
     ours, theirs = load(tmp_path), SAE.load_from_disk(tmp_path)
-    training = TrainingSAE.load_from_disk(tmp_path).eval()
     assert isinstance(ours, Crosscoder)
     assert isinstance(theirs, Crosscoder)
-    assert isinstance(training, TrainingCrosscoder)
-    for other in (ours, theirs, training, load(crosscoder.save(tmp_path / "again"))):
+    for other in (ours, theirs, load(crosscoder.save(tmp_path / "again"))):
         assert torch.equal(other.encode(x), expected)
         assert torch.equal(other.reconstruct(x), crosscoder.reconstruct(x))
         assert other.partition == DFC
@@ -508,9 +531,9 @@ def test_saved_crosscoder_is_read_back_by_load_and_by_saelens(tmp_path, batchtop
     assert sorted(p.name for p in tmp_path.glob("*.*")) == ["cfg.json", "sae_weights.safetensors"]
 
 
-def test_saelens_inference_export_is_a_whole_checkpoint(tmp_path):
+def test_what_saelens_itself_saves_is_a_whole_checkpoint(tmp_path):
     crosscoder, x = build(), activations(seed=1)
-    crosscoder.save_inference_model(tmp_path)
+    crosscoder.save_model(tmp_path)
     assert torch.equal(load(tmp_path).encode(x), crosscoder.encode(x))
 
 

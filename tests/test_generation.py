@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from benchmarks.reference import generate_reference
 from dfc_lib import paths, profiles
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
@@ -29,6 +30,7 @@ from dfc_lib.data.pair import Pair, PairError, load_pair
 from dfc_lib.data.prompts import FIXED_STYLE, chat_text, encode, read_records
 from dfc_lib.steering import generation as gen
 from dfc_lib.steering import interventions as iv
+from dfc_lib.steering import prefix, sampling
 from dfc_lib.steering.interventions import Codec
 
 EOS, VOCAB, WIDTH = 3, 96, 64
@@ -96,9 +98,8 @@ def make_grid(crosscoder):
         "alpha=1": iv.Steer(codec, block, 1.0),
         "alpha=4": steer,
         "rows of B": iv.Steer(codec, tuple(range(19, 38)), 4.0, rows_of="B"),
-        "ablate": iv.ablate(codec, block),
+        "ablate": iv.Steer(codec, block, 0.0),
         "clamp": iv.Clamp(codec, block[:3], 20.0),
-        "before top-k": iv.ScaleBeforeTopK(codec, block, 3.0),
         "mean patch": iv.Patch(mean),
         "difference": iv.AddVector(difference, 2.0),
         "other model": iv.OtherModel(1),
@@ -142,7 +143,7 @@ def same(a, b):
 
 def compare_with_reference(pair, prompts, grid, table, position, max_new_tokens):
     for row in table.itertuples():
-        tokens, first = gen.generate_reference(
+        tokens, first = generate_reference(
             pair,
             "A",
             prompts[row.prompt],
@@ -172,7 +173,7 @@ def test_the_grid_has_every_kind(grid):
         kinds += below
         if not below and kind.__module__ == iv.__name__:
             found.add(kind)
-    assert len(found) >= 11
+    assert len(found) >= 10
     assert found == {type(cell) for cell in grid.values()}
 
 
@@ -204,7 +205,7 @@ def test_results_do_not_depend_on_the_batch(pair, prompts, grid, table):
 
 
 def test_prompts_read_before_give_the_same(pair, prompts, grid, table):
-    cache = gen.PrefixCache(pair, prompts, batch_size=3)
+    cache = prefix.PrefixCache(pair, prompts, batch_size=3)
     same(run(pair, prompts, grid, max_new_tokens=8, batch_size=50, prefix_cache=cache), table)
     some = run(pair, prompts[3:5], grid, max_new_tokens=8, prefix_cache=cache)
     assert some["tokens"].tolist() == table["tokens"][3 * len(grid) : 5 * len(grid)].tolist()
@@ -215,7 +216,7 @@ def test_prompts_read_before_give_the_same(pair, prompts, grid, table):
 
 
 def test_a_prefix_cache_of_other_prompts_is_refused(pair, prompts):
-    cache, clean = gen.PrefixCache(pair, prompts[:2]), {"clean": iv.Clean()}
+    cache, clean = prefix.PrefixCache(pair, prompts[:2]), {"clean": iv.Clean()}
     with pytest.raises(ValueError, match=r"prompts\[2\]"):
         run(pair, prompts, clean, prefix_cache=cache)
     with pytest.raises(ValueError, match="another pair"):
@@ -226,14 +227,14 @@ def test_a_prefix_cache_of_other_prompts_is_refused(pair, prompts):
 
 def test_out_of_memory_backs_off(pair, prompts, grid, table, monkeypatch):
     """Memory running out in the middle must cost time, not results."""
-    logits = gen._Stream.logits
+    logits = prefix.Stream.logits
 
-    def short_of_memory(self, hidden, every=False):
+    def short_of_memory(self, hidden):
         if len(hidden) > 20:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return logits(self, hidden, every)
+        return logits(self, hidden)
 
-    monkeypatch.setattr(gen._Stream, "logits", short_of_memory)
+    monkeypatch.setattr(prefix.Stream, "logits", short_of_memory)
     with pytest.warns(UserWarning, match="out of memory: going on with batch_size="):
         same(run(pair, prompts, grid, max_new_tokens=8, batch_size=100), table)
 
@@ -270,7 +271,7 @@ def test_engine_equals_the_plain_loop_on_the_shipped_pair(embedded):
             prompt, ids = some[row.prompt], torch.tensor([some[row.prompt]])
             h = torch.stack([residual(m, pair.layer, ids)[0] for m in pair.models.values()], 1)
             args = pair, target, prompt, grid[row.cell]
-            tokens, first = gen.generate_reference(*args, max_new_tokens=40, hidden=h)
+            tokens, first = generate_reference(*args, max_new_tokens=40, hidden=h)
             assert row.tokens == tokens, (target, row.prompt, row.cell)
             np.testing.assert_allclose(row.first_logprobs, first.log_softmax(-1), atol=1e-3)
 
@@ -306,6 +307,7 @@ def test_finished_cells_are_not_redone(pair, prompts, grid, table, tmp_path, mon
     assert sum(done) == 24
     same(run(pair, prompts, grid, max_new_tokens=8, out_dir=tmp_path), table)
     assert sum(done) == len(table)
+    gen._finished.cache_clear()  # as in another process
     again = run(pair, prompts, grid, max_new_tokens=8, out_dir=tmp_path)
     assert sum(done) == len(table)
     same(again, table)
@@ -317,7 +319,7 @@ def test_killed_grid_resumes(pair, prompts, grid, table, tmp_path, monkeypatch):
     script = textwrap.dedent(
         """
         import sys, time
-        from dfc_lib import generation as gen
+        from dfc_lib.steering import generation as gen
         from tests import test_generation as t
         pair, prompts = t.make_pair(), t.make_prompts()
         grid = t.make_grid(t.make_crosscoder(pair, prompts))
@@ -332,29 +334,56 @@ def test_killed_grid_resumes(pair, prompts, grid, table, tmp_path, monkeypatch):
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
     )
-    while process.poll() is None and len(list(folder.glob("*.parquet"))) < 2:
+    while process.poll() is None and len(list(folder.rglob("*.parquet"))) < 2:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    times = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     done = spy_on_work(monkeypatch)
     same(run(pair, prompts, grid, max_new_tokens=8, batch_size=40, out_dir=folder), table)
     assert 0 < sum(done) < len(table)
-    assert times == {name: (folder / name).stat().st_mtime_ns for name in times}
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
-def test_folder_of_another_run_or_damaged_is_refused(pair, prompts, tmp_path):
-    clean = {"clean": iv.Clean()}
-    run(pair, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path)
-    with pytest.raises(gen.GenerationError, match="another max_new_tokens"):
-        run(pair, prompts[:2], clean, max_new_tokens=4, out_dir=tmp_path)
+def test_another_setting_model_or_code_is_another_folder(
+    pair, prompts, table, tmp_path, monkeypatch
+):
+    """One root serves all: what was made otherwise must not be taken for what is asked."""
+    clean, some = {"clean": iv.Clean()}, prompts[:2]
+    first = run(pair, some, clean, max_new_tokens=8, out_dir=tmp_path)
+    same(first.reset_index(drop=True), table[table.cell == "clean"][:2].reset_index(drop=True))
+    done = spy_on_work(monkeypatch)
+    run(pair, some, clean, max_new_tokens=4, out_dir=tmp_path)
+    run(pair, some, clean, max_new_tokens=8, position="every", out_dir=tmp_path)
+    run(pair, some, clean, max_new_tokens=8, readout=[3], out_dir=tmp_path)
     other = Pair({"A": tiny(7), "B": tiny(1)}, None, 1)
-    with pytest.raises(gen.GenerationError, match="another models"):
-        run(other, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path)
-    shard = next(tmp_path.glob("*.parquet"))
+    run(other, some, clean, max_new_tokens=8, out_dir=tmp_path)
+    assert sum(done) == 8
+    run(pair, some, clean, max_new_tokens=8, out_dir=tmp_path)
+    assert sum(done) == 8
+    monkeypatch.setattr(gen.provenance, "code_hash", lambda *_: "edited")
+    run(pair, some, clean, max_new_tokens=8, out_dir=tmp_path)
+    assert sum(done) == 10
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_files_are_read_once_and_damage_is_named(pair, prompts, tmp_path):
+    clean = {"clean": iv.Clean()}
+    first = run(pair, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path)
+    (shard,) = tmp_path.rglob("*.parquet")
     shard.write_bytes(shard.read_bytes()[:-20])
+    same(run(pair, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path), first)
+    gen._finished.cache_clear()
     with pytest.raises(gen.GenerationError, match=rf"{shard.name}: damaged .* Delete this file"):
         run(pair, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path)
+    shard.unlink()
+    same(run(pair, prompts[:2], clean, max_new_tokens=3, out_dir=tmp_path), first)
+
+
+def test_cells_have_any_name(pair, prompts, grid):
+    names = {("clean",): grid["clean"], ("steered", 0, 4.0): grid["alpha=4"], 7: grid["clamp"]}
+    got = run(pair, prompts[:2], names, max_new_tokens=1)
+    assert got["cell"].tolist() == list(names) * 2
 
 
 def test_readout_keeps_the_asked_for_tokens(pair, prompts, table):
@@ -370,7 +399,7 @@ def test_models_that_no_cell_reads_are_not_run(pair, prompts, grid):
     ran = []
     hook = pair.models["B"].model.layers[0].register_forward_hook(lambda *_: ran.append(1))
     alone = {name: grid[name] for name in ("clean", "mean patch", "own encoding")}
-    for position in gen.POSITIONS:
+    for position in prefix.POSITIONS:
         run(pair, prompts[:3], alone, max_new_tokens=2, position=position)
     assert not ran
     run(pair, prompts[:3], {"other": grid["other model"]}, max_new_tokens=2)
@@ -386,7 +415,7 @@ def test_site_in_the_last_block_and_target_b(prompts):
     few = prompts[:4]
     for row in gen.generate(pair, "B", few, some, max_new_tokens=6, progress=False).itertuples():
         args = pair, "B", few[row.prompt], some[row.cell]
-        assert gen.generate_reference(*args, max_new_tokens=6)[0] == row.tokens
+        assert generate_reference(*args, max_new_tokens=6)[0] == row.tokens
 
 
 def test_reference_with_known_activations(pair, prompts, grid):
@@ -395,8 +424,8 @@ def test_reference_with_known_activations(pair, prompts, grid):
     h = torch.stack([residual(m, 1, ids)[0] for m in pair.models.values()], 1)
     for cell in ("alpha=4", "reconstruction", "clean"):
         args = pair, "A", prompt, grid[cell]
-        with_h = gen.generate_reference(*args, max_new_tokens=8, hidden=h)
-        assert with_h[0] == gen.generate_reference(*args, max_new_tokens=8)[0]
+        with_h = generate_reference(*args, max_new_tokens=8, hidden=h)
+        assert with_h[0] == generate_reference(*args, max_new_tokens=8)[0]
 
 
 def test_attention_is_put_back(pair, prompts, grid):
@@ -414,7 +443,7 @@ def test_scoring_given_text_equals_a_hooked_forward(pair, prompts, grid, positio
     """Perplexity and KL on neutral text: against Hugging Face's forward with a plain hook."""
     texts, some = prompts[1:5], ("clean", "reconstruction", "alpha=4", "mean patch")
     cells = {name: grid[name] for name in some}
-    table = gen.score(
+    table = sampling.score(
         pair, "A", texts, cells, position=position, batch_size=3, progress=False
     ).set_index(["text", "cell"])
     model, first = pair.models["A"], 1 if position == "every_but_first" else 0
@@ -464,7 +493,7 @@ def huggingface_greedy(model, prompt, n):
 )
 def test_greedy_sampling_equals_huggingface(prompts, kind, config):
     model = tiny(2, kind, config)
-    got = gen.sample(
+    got = sampling.sample(
         model, prompts, temperature=0, max_new_tokens=12, eos=ENDS, batch_size=5
     ).tokens
     assert [g[0] for g in got] == [huggingface_greedy(model, p, 12) for p in prompts]
@@ -473,18 +502,20 @@ def test_greedy_sampling_equals_huggingface(prompts, kind, config):
 
 def test_end_tokens_default_to_the_models_own(pair, prompts):
     model = tiny(2, eos_token_id=ENDS)
-    default = gen.sample(model, prompts, temperature=0, max_new_tokens=6).tokens
-    assert default == gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=ENDS).tokens
-    assert default != gen.sample(model, prompts, temperature=0, max_new_tokens=6, eos=[]).tokens
+    default = sampling.sample(model, prompts, temperature=0, max_new_tokens=6).tokens
+    assert (
+        default == sampling.sample(model, prompts, temperature=0, max_new_tokens=6, eos=ENDS).tokens
+    )
+    assert (
+        default != sampling.sample(model, prompts, temperature=0, max_new_tokens=6, eos=[]).tokens
+    )
 
 
-def test_first_token_logits_equal_huggingface(pair, prompts):
+def test_first_logits_equal_huggingface(pair, prompts):
     model = pair.models["A"]
     with torch.no_grad():
         want = torch.stack([model(torch.tensor([p])).logits[0, -1] for p in prompts])
-    got = gen.first_token_logits(model, prompts, batch_size=5)
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    sampled = gen.sample(model, prompts, n=2, max_new_tokens=1, batch_size=6).first_logits
+    sampled = sampling.sample(model, prompts, n=2, max_new_tokens=1, batch_size=6).first_logits
     torch.testing.assert_close(sampled, want, rtol=1e-3, atol=1e-3)
 
 
@@ -493,7 +524,7 @@ def test_samples_follow_the_distribution(temperature):
     """First tokens must have the softmax's frequencies, second ones those given the first."""
     model = tiny(4, initializer_range=0.1)
     prompt = [5, 6, 7, 8]
-    got = gen.sample(
+    got = sampling.sample(
         model, [prompt], temperature, n=4000, max_new_tokens=2, eos=[], batch_size=4000
     ).tokens
     with torch.no_grad():
@@ -511,7 +542,7 @@ def test_samples_follow_the_distribution(temperature):
 
 def test_samples_depend_on_the_seed_not_on_the_batch(pair, prompts):
     model = pair.models["A"]
-    draw = lambda **k: gen.sample(model, prompts, n=3, max_new_tokens=6, **k).tokens  # noqa: E731
+    draw = lambda **k: sampling.sample(model, prompts, n=3, max_new_tokens=6, **k).tokens  # noqa: E731
     assert draw(seed=1) == draw(seed=1, batch_size=4)
     assert draw(seed=1) != draw(seed=2)
     several = draw(seed=1)
@@ -522,13 +553,13 @@ def test_samples_depend_on_the_seed_not_on_the_batch(pair, prompts):
 def test_bad_arguments_are_named(pair, prompts):
     model, clean = pair.models["A"], {"clean": iv.Clean()}
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
-        gen.sample(model, [[5], []])
+        sampling.sample(model, [[5], []])
     with pytest.raises(ValueError, match=r"prompts\[0\] holds a token id outside 0\.\.95"):
-        gen.first_token_logits(model, [[96]])
+        sampling.sample(model, [[96]])
     with pytest.raises(ValueError, match="temperature=-1"):
-        gen.sample(model, prompts, temperature=-1)
+        sampling.sample(model, prompts, temperature=-1)
     with pytest.raises(ValueError, match="n=2"):
-        gen.sample(model, prompts, temperature=0, n=2)
+        sampling.sample(model, prompts, temperature=0, n=2)
     with pytest.raises(ValueError, match="position='all'"):
         run(pair, prompts, clean, position="all")
     with pytest.raises(ValueError, match="interventions: empty"):
@@ -539,4 +570,4 @@ def test_bad_arguments_are_named(pair, prompts):
         gen.generate(pair, "C", prompts, clean)
     windowed = tiny(0, MistralForCausalLM, MistralConfig, sliding_window=8)
     with pytest.raises(PairError, match="only full attention"):
-        gen.sample(windowed, prompts)
+        sampling.sample(windowed, prompts)

@@ -15,12 +15,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from dfc_lib import paths, profiles
-from dfc_lib.crosscoder.recipes import Reference
+from dfc_lib.crosscoder.recipes import Recipe
 from dfc_lib.data import activations, corpora, pair, prompts
 from dfc_lib.data.pair import PairError, load_model, load_pair
 from dfc_lib.reading import ranking
 from dfc_lib.steering import evaluation
 from dfc_lib.steering.interventions import Clean, Codec, Steer
+from dfc_lib.study import Study
 from tests.test_corpora import fineweb_rows, toolrl_rows, write
 from tools import budget
 
@@ -132,7 +133,6 @@ def test_from_two_models_to_a_grid(profile):
     meta_some = {name: [values[i] for i in some] for name, values in meta.items()}
     activations.cache(both, [ids[i] for i in some], build("train_all"), "all", 8, meta=meta_some)
 
-    assert last.gather([0], torch.bfloat16).dtype == torch.bfloat16
     assert last.directory.joinpath("A-00000.safetensors").stat().st_size < 2 * last.n * WIDTH + 999
     lint = activations.lint(last, both).set_index("check").passed
     assert lint[["last token", "token ids", "from scratch", "non-finite", "split overlap"]].all()
@@ -141,10 +141,12 @@ def test_from_two_models_to_a_grid(profile):
     want = hidden[LAYER + 1][0, -1].float()
     assert (last.gather([5])[0, 1] - want).norm() < 0.05 * want.norm()
 
-    reference = Reference(profile, vectors="last", tie_shared=True)
-    crosscoder = reference.get(seed=0, progress=False)
-    assert Reference(profile).get(seed=0, progress=False).d_model == WIDTH
-    loss = reference.metrics(seed=0)
+    tied = Recipe(profile, vectors="last", tie_shared=True)
+    named = {"last tied": tied, "all untied": Recipe(profile)}
+    crosscoders = Study(profile).crosscoders(named, seeds=[0], progress=False)
+    crosscoder = crosscoders["last tied", 0]
+    assert crosscoders["all untied", 0].d_model == WIDTH
+    loss = tied.metrics(seed=0)
     assert loss.mse.iloc[-1] < loss.mse.iloc[0]
 
     f = crosscoder.encode(last.to_tensor())
@@ -155,16 +157,19 @@ def test_from_two_models_to_a_grid(profile):
     records = corpora.records(profile, "evaluation")
     records = [r for r in records if r.kind == "call" and not r.held_out][: profile.n_steering]
     codec = Codec(crosscoder)
-    grid = {f"{n}|{a}": Steer(codec, tuple(order[:n]), a) for n in (1, 3) for a in (1.0, 32.0)}
+    grid = {(n, a): Steer(codec, tuple(order[:n]), a) for n in (1, 3) for a in (1.0, 32.0)}
+    cells = {(0, 0.0): Clean()} | grid
     limits = {"max_new_tokens": profile.max_new_tokens, "batch_size": 8}
-    got = evaluation.intervene(both, "A", records, {"clean": Clean()} | grid, **limits)
+    levels = ("features", "alpha")
+    got = evaluation.intervene(both, "A", records, cells, levels=levels, **limits)
     assert len(got) == len(records) * (1 + len(grid))
-    wide = got.pivot(index="prompt", columns="cell", values="margin")
-    assert (wide["clean"] - wide["1|1.0"]).abs().max() < 0.2  # a no-op, up to rounding to 8 bits
+    wide = got.pivot(index="prompt", columns=["features", "alpha"], values="margin")
+    clean = wide[0, 0.0]
+    assert (clean - wide[1, 1.0]).abs().max() < 0.2  # a no-op, up to rounding to 8 bits
     plain = evaluation.evaluate(
         both.models["A"], both.tokenizer, records, prompts.FIXED_STYLE, **limits
     )
-    assert plain.margin.tolist() == pytest.approx(wide["clean"].tolist(), abs=0.2)
+    assert plain.margin.tolist() == pytest.approx(clean.tolist(), abs=0.2)
     assert got[["lenient", "strict", "reward"]].notna().all(axis=None)
 
 
@@ -255,7 +260,7 @@ def test_weights_too_large_for_the_device(profile, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 594.00 MiB.")
 
     monkeypatch.setattr(Qwen2ForCausalLM, "to", full)
-    with pytest.raises(PairError, match=r"does not fit into the memory of cpu.*dfc_lib\.budget"):
+    with pytest.raises(PairError, match=r"does not fit into the memory of cpu.*tools\.budget"):
         load_model(profile.location(profile.model_b))
 
 
@@ -283,15 +288,10 @@ def test_out_of_memory_in_caching(profile, tmp_path, monkeypatch):
 
 
 def test_missing_files_are_named(folder, profile, tmp_path):
-    for name, message in {
-        "config.json": "config.json: missing",
-        "x": "no such model folder",
-    }.items():
-        source = tmp_path / name
-        if name == "config.json":
-            source.mkdir()
+    (tmp_path / "empty").mkdir()
+    for name, message in {"empty": "config.json: missing", "x": "no such model folder"}.items():
         with pytest.raises(PairError, match=message):
-            load_model(source)
+            load_model(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib import profiles
-from dfc_lib.crosscoder import training
-from dfc_lib.crosscoder.model import TrainingCrosscoder
+from dfc_lib import profiles, provenance
+from dfc_lib.crosscoder import loop, training
+from dfc_lib.crosscoder.batches import Batches
+from dfc_lib.crosscoder.fidelity import fidelity
+from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
-from dfc_lib.crosscoder.recipes import Reference
+from dfc_lib.crosscoder.recipes import Recipe
 from dfc_lib.crosscoder.training import (
+    Job,
     TrainConfig,
     config_key,
-    fidelity,
+    get_all,
     get_or_train,
     load_metrics,
     run_directory,
@@ -30,6 +34,7 @@ from dfc_lib.crosscoder.training import (
 )
 from dfc_lib.data import activations
 from dfc_lib.data.pair import Pair
+from tests.test_crosscoder import dense_loss
 from tests.test_pair import qwen
 
 D_MODEL, N = 8, 150
@@ -182,10 +187,10 @@ def test_how_often_the_state_is_written_does_not_change_the_run(tmp_path):
 
 
 def test_a_damaged_state_file_is_refused_by_name(tmp_path, monkeypatch):
-    run = training._Run(CONFIG, training._Data(CONFIG, X, None), tmp_path)
+    run = loop.Run(CONFIG, Batches(CONFIG, X, None), tmp_path)
     run.resume()
     for step in range(3):
-        run.train_step(run.data.batch(step))
+        run.train_step(run.batches.batch(step))
     run.checkpoint()
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
@@ -198,9 +203,9 @@ def test_a_damaged_state_file_is_refused_by_name(tmp_path, monkeypatch):
 
 def plain_loop(config, x):
     """The same run with dense autograd and an unfused Adam; nothing taken from ``training``."""
-    crosscoder = TrainingCrosscoder.create(
+    crosscoder = Crosscoder.create(
         D_MODEL, config.partition, config.k, Normaliser.fit(x), dtype=torch.float64,
-        tie_shared=config.tie_shared, init_seed=config.seed,
+        tie_shared=config.tie_shared, init_seed=config.seed, decoder_init_norm=0.3,
     )  # fmt: skip
     optimiser = torch.optim.Adam(crosscoder.parameters(), foreach=False)
     order = np.concatenate(
@@ -210,13 +215,13 @@ def plain_loop(config, x):
     for step in range(config.steps):
         batch = x[order[step * config.batch_size : (step + 1) * config.batch_size]]
         optimiser.zero_grad()
-        options = {"variant": config.variant, "dead": silent >= config.dead_steps}
-        total, _ = crosscoder.loss(
-            batch, config.shared_coef, config.exclusive_coef, aux_coef=config.aux_coef, dense=True,
-            **options,
+        total = dense_loss(
+            crosscoder, batch, config.shared_coef, config.exclusive_coef, config.variant,
+            dead=silent >= config.dead_steps, aux_coef=config.aux_coef,
         )  # fmt: skip
         fired = (crosscoder.encode(batch) > 0).any(0)
         total.backward()
+        crosscoder.constrain_grads_()
         torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), config.clip_norm)
         up = min(1, (step + 1) / config.warmup_steps)
         down = min(1, (config.steps - step) / config.decay_steps)
@@ -249,14 +254,14 @@ def test_forbidden_weights_gradients_and_moments_are_exactly_zero_after_training
     tmp_path,
 ):
     config = changed(shared_coef=1e-3, aux_coef=1.0)
-    data = training._Data(config, X, None)
-    runs = [training._Run(config, data, tmp_path)]
-    training._claim(tmp_path, config, data)
+    data = Batches(config, X, None)
+    runs = [loop.Run(config, data, tmp_path)]
+    training._claim(tmp_path, config)
     runs[0].resume()
     for step in range(20):
         runs[0].train_step(data.batch(step))
     runs[0].checkpoint()
-    runs.append(training._Run(config, data, tmp_path))
+    runs.append(loop.Run(config, data, tmp_path))
     runs[1].resume()
     assert runs[1].step == 20
     runs[1].train_step(data.batch(20))
@@ -284,14 +289,14 @@ def test_tied_rows_are_exactly_equal_and_untied_ones_are_not(tmp_path):
 
 
 def test_every_epoch_visits_every_sample_once_and_steps_are_reproducible_in_any_order():
-    data = training._Data(CONFIG, X, None)
+    data = Batches(CONFIG, X, None)
     steps = [data.indices(s) for s in range(15)]  # 480 samples: three epochs of 150 and a bit
-    again = [training._Data(CONFIG, X, None).indices(s) for s in reversed(range(15))]
+    again = [Batches(CONFIG, X, None).indices(s) for s in reversed(range(15))]
     assert all((a == b).all() for a, b in zip(steps, reversed(again), strict=True))
     counts = np.bincount(np.concatenate(steps), minlength=N)
     assert counts.min() >= 3
     assert counts.max() <= 4
-    assert not (data.indices(0) == training._Data(changed(seed=1), X, None).indices(0)).all()
+    assert not (data.indices(0) == Batches(changed(seed=1), X, None).indices(0)).all()
 
 
 def test_an_array_a_memory_map_a_source_and_a_tensor_train_the_same_crosscoder(tmp_path):
@@ -316,8 +321,8 @@ def test_the_published_protocol_zscores_per_dataset_and_model_and_stores_nothing
         rows = x[labels == label]
         z[labels == label] = (rows - rows.mean(0)) / rows.std(0)
     config = changed(normalise="zscore_unstored", variant="published", lr=1e-3)
-    found = training._Data(config, x, labels).batch(3)
-    expected = z[training._Data(config, x, labels).indices(3)]
+    found = Batches(config, x, labels).batch(3)
+    expected = z[Batches(config, x, labels).indices(3)]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     crosscoder = quiet(config, tmp_path, x, labels=labels)
     assert crosscoder.normaliser.is_identity
@@ -332,8 +337,10 @@ def test_metrics_are_those_of_the_step_and_losses_fall(tmp_path):
     assert metrics["step"].tolist() == [1, 50, 100, 150, 200, 250, 300]
     assert metrics["mse"].iloc[-1] < 0.5 * metrics["mse"].iloc[0]
 
-    first = TrainingCrosscoder.create(D_MODEL, config.partition, config.k, Normaliser.fit(X))
-    x = training._Data(config, X, None).batch(0)
+    first = Crosscoder.create(
+        D_MODEL, config.partition, config.k, Normaliser.fit(X), decoder_init_norm=0.3
+    )
+    x = Batches(config, X, None).batch(0)
     total, terms = first.loss(x, 1e-4, 1e-3, "exclusive_only")
     z, f = first.normaliser.apply(x), first.encode(x)
     error = z - first.normaliser.apply(first.decode(f))
@@ -411,9 +418,9 @@ def test_the_key_ignores_what_cannot_change_the_weights_and_nothing_else():
     assert key == config_key(changed(checkpoint_every=1, device="cuda"), "data")
     values = {
         "partition": Partition.plain(48), "k": 5, "batchtopk": True, "tie_shared": True,
-        "apply_b_dec_to_input": True, "steps": 41, "batch_size": 33, "lr": 1e-4, "warmup_steps": 1,
+        "steps": 41, "batch_size": 33, "lr": 1e-4, "warmup_steps": 1,
         "decay_steps": 1, "clip_norm": 0.0, "shared_coef": 1.0, "exclusive_coef": 1.0,
-        "variant": "published", "aux_coef": 0.0, "aux_k": 3, "dead_steps": 4,
+        "variant": "published", "aux_coef": 0.0, "dead_steps": 4,
         "decoder_init_norm": 1.0, "normalise": "zscore_unstored", "seed": 1, "log_every": 2,
         "dtype": "float64",
     }  # fmt: skip
@@ -427,13 +434,17 @@ def test_the_key_ignores_what_cannot_change_the_weights_and_nothing_else():
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     quiet(CONFIG, tmp_path)
-    with pytest.raises(ValueError, match=r"another run .*: k, lr"):
-        quiet(changed(k=3, lr=1e-4), tmp_path)
-    with pytest.raises(ValueError, match=r"another run .*: data"):
-        quiet(CONFIG, tmp_path, planted(seed=9))
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json is damaged"):
-        quiet(CONFIG, tmp_path)
+    again = quiet(changed(checkpoint_every=3), tmp_path)  # decides no weight: the same run
+    assert torch.equal(again.encoder, quiet(CONFIG, tmp_path).encoder)
+    for spoil in (
+        lambda: quiet(changed(k=3, lr=1e-4), tmp_path),
+        lambda: ((tmp_path / "run.json").write_text("{"), quiet(CONFIG, tmp_path)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"holds another run, or its run\.json is damaged"
+        ) as e:
+            spoil()
+        assert str(tmp_path) in str(e.value)
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match="unknown origin"):
         quiet(CONFIG, tmp_path)
@@ -441,9 +452,9 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
 
 def test_a_finished_run_is_returned_without_training(tmp_path, monkeypatch):
     expected = quiet(CONFIG, tmp_path).encoder
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(loop.Run, "train_step", lambda *_: pytest.fail("trained again"))
     assert torch.equal(quiet(CONFIG, tmp_path).encoder, expected)
-    assert "config" in json.loads((tmp_path / "run.json").read_text())
+    assert json.loads((tmp_path / "run.json").read_text()) == CONFIG.to_dict()
 
 
 # -- bad input
@@ -484,13 +495,13 @@ def test_learning_rate_rises_and_falls_linearly():
     np.testing.assert_allclose(rates[-2:], [0.2, 0.1])
 
 
+def jobs_of(configs):
+    return {name: Job(config, X, "x") for name, config in configs.items()}
+
+
 def test_many_crosscoders_side_by_side_are_the_same_as_one_by_one(tmp_path):
     configs = {seed: changed(seed=seed) for seed in range(5)}
-    makers = {
-        seed: partial(get_or_train, config, X, tmp_path / "together", "x")
-        for seed, config in configs.items()
-    }
-    together = training.get_all(makers, 3, progress=False)
+    together = get_all(jobs_of(configs), tmp_path / "together", 3, progress=False)
     assert list(together) == list(configs)
     for seed, config in configs.items():
         alone = get_or_train(config, X, tmp_path / "alone", "x", progress=False)
@@ -500,28 +511,94 @@ def test_many_crosscoders_side_by_side_are_the_same_as_one_by_one(tmp_path):
 
 def test_two_that_want_one_run_train_it_once(tmp_path, monkeypatch):
     """A sweep beside a notebook: the second waits, and finds the run finished."""
-    begun, train = [], training._train
+    begun, run = [], loop.run
 
     def counted(*args):
         begun.append(args)
-        train(*args)
+        run(*args)
 
-    monkeypatch.setattr(training, "_train", counted)
-    one = partial(training.get_or_train, changed(), X, tmp_path, "data")
-    first, second = training.get_all({"first": one, "second": one}, 2, progress=False).values()
+    monkeypatch.setattr(loop, "run", counted)
+    jobs = jobs_of({"first": CONFIG, "second": CONFIG})
+    first, second = get_all(jobs, tmp_path, 2, progress=False).values()
     assert len(begun) == 1
     assert torch.equal(first.W_dec, second.W_dec)
 
 
 def test_many_crosscoders_stop_at_the_first_that_fails(tmp_path):
-    bad = changed(lr=1e30, warmup_steps=0, clip_norm=0.0)
-    makers = {"bad": partial(get_or_train, bad, X, tmp_path, "x")}
-    makers |= {i: partial(get_or_train, changed(seed=i), X, tmp_path, "x") for i in range(5)}
+    jobs = jobs_of({"bad": changed(lr=1e30, warmup_steps=0, clip_norm=0.0)})
+    jobs |= jobs_of({i: changed(seed=i) for i in range(5)})
     with pytest.raises(FloatingPointError, match="lower lr"):
-        training.get_all(makers, 1, progress=False)
+        get_all(jobs, tmp_path, 1, progress=False)
     assert len(list(tmp_path.glob("crosscoders/*/cfg.json"))) < 5
-    rest = {name: maker for name, maker in makers.items() if name != "bad"}
-    assert len(training.get_all(rest, 2, progress=False)) == 5
+    del jobs["bad"]
+    assert len(get_all(jobs, tmp_path, 2, progress=False)) == 5
+
+
+# -- provenance: what retrains what
+
+LIBRARY = Path(training.__file__).parents[1]
+CALIBRATED, PUBLISHED = changed(), changed(variant="published", aux_coef=0.0)
+MAKES_CACHES = ("dfc_lib.data.activations",)
+
+
+def keys_after(root, module="", old="", new=""):
+    """Keys of a calibrated crosscoder, a published one, and the caches, in an edited library."""
+    path = root / "dfc_lib"
+    shutil.copytree(LIBRARY, path, ignore=shutil.ignore_patterns("__pycache__"))
+    if module:
+        source = (path / module).read_text()
+        assert source.count(old) == 1, old
+        (path / module).write_text(source.replace(old, new))
+    library = provenance.Library(root)
+
+    def code(*modules):
+        reached = library.closure(f"import {name}" for name in modules)
+        return tuple(library.fingerprint(name) for name in reached)
+
+    run = (training.LOOP, training.PENALTIES["exclusive_only"])
+    published = (training.LOOP, training.PENALTIES["published"])
+    return np.array([hash(code(*run)), hash(code(*published)), hash(code(*MAKES_CACHES))])
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "changes"),
+    [
+        # one operation: of every loss, of one penalty, of a kernel, of the optimiser
+        ("crosscoder/losses.py", "aux_coef * terms", "2 * aux_coef * terms", (True, True, False)),
+        ("crosscoder/penalty_published.py", "return 1.0", "return 2.0", (False, True, False)),
+        ("crosscoder/penalty_exclusive_only.py", "not in", "in", (True, False, False)),
+        ("crosscoder/kernels.py", "norms.sum(dim=-1)", "norms.mean(dim=-1)", (True, True, False)),
+        ("crosscoder/loop.py", "torch.optim.Adam(", "torch.optim.AdamW(", (True, True, False)),
+        # words
+        ("crosscoder/losses.py", "pull at them", "tug at them", (False, False, False)),
+        ("crosscoder/losses.py", "The total loss", "The sum", (False, False, False)),
+        # what finds, reads or describes a crosscoder
+        ("crosscoder/training.py", "min(workers", "min(2 * workers", (False, False, False)),
+        ("crosscoder/checkpoint.py", "apply_masks: bool = False", "apply_masks: bool = True",
+         (False, False, False)),
+        ("crosscoder/fidelity.py", "1 - residual", "2 - residual", (False, False, False)),
+        ("crosscoder/recipes.py", "k=p.k", "k=p.k + 1", (False, False, False)),
+    ],
+)  # fmt: skip
+def test_an_edit_gives_other_keys_to_what_it_touches_and_to_nothing_else(
+    tmp_path, module, old, new, changes
+):
+    before = keys_after(tmp_path / "before")
+    after = keys_after(tmp_path / "after", module, old, new)
+    assert tuple(before != after) == changes
+
+
+def test_the_key_of_a_run_holds_the_code_of_its_loop_and_of_its_own_penalty(monkeypatch):
+    names = dict(training.PENALTIES)
+    assert set(names) == set(training.loop.VARIANTS)
+    assert {Path(p.__file__).stem for p in map(training.loop.losses.penalty, names)} == {
+        name.rpartition(".")[2] for name in names.values()
+    }
+    before = [config_key(c, "data") for c in (CALIBRATED, PUBLISHED)]
+    hashed = []
+    monkeypatch.setattr(provenance, "code_hash", lambda *m: hashed.append(m) or "other code")
+    assert all(config_key(c, "data") not in before for c in (CALIBRATED, PUBLISHED))
+    assert hashed == [(training.LOOP, names[v]) for v in ("exclusive_only", "published")]
 
 
 @pytest.mark.parametrize("before", [1, 2])
@@ -539,7 +616,7 @@ def test_a_small_run_does_not_depend_on_the_number_of_threads(tmp_path, before):
     assert torch.equal(crosscoder.W_dec, again.W_dec)
 
 
-def test_a_reference_trains_from_its_cache_and_the_protocols_differ(tmp_path, monkeypatch):
+def test_a_recipe_trains_from_its_cache_and_the_protocols_differ(tmp_path, monkeypatch):
     monkeypatch.setenv("DFC_BUILD", str(tmp_path))
     pair = Pair({"A": qwen(0), "B": qwen(1)}, None, 1)
     ids = [[3 + (i * j) % 40 for j in range(1, 9)] for i in range(24)]
@@ -549,15 +626,19 @@ def test_a_reference_trains_from_its_cache_and_the_protocols_differ(tmp_path, mo
             pair, ids, tmp_path / "smoke" / "activations" / name, positions=positions, meta=meta
         )
     profile = dataclasses.replace(profiles.get("smoke"), dict_size=20, k=2, steps=3, batch_size=8)
-    calibrated = Reference(profile)
-    published = Reference(profile, "published")
-    assert calibrated.activations.positions == "all"
-    assert published.activations.positions == "last"
-    assert not calibrated.get().normaliser.is_identity
-    assert published.get().normaliser.is_identity
-    assert calibrated.get().cfg.tie_shared is False
-    tied = Reference(profile, tie_shared=True, vectors="last")
-    assert tied.get(seed=1).cfg.tie_shared is True
-    assert tied.metrics(seed=1).step.tolist() == [1, 3]
+    recipes = {
+        "calibrated": Recipe(profile),
+        "published": Recipe(profile, "published"),
+        "tied": Recipe(profile, tie_shared=True, vectors="last"),
+    }
+    assert recipes["calibrated"].activations.positions == "all"
+    assert recipes["published"].activations.positions == "last"
+    jobs = {name: recipe.job(seed=1) for name, recipe in recipes.items()}
+    found = get_all(jobs, tmp_path / "smoke", progress=False)
+    assert not found["calibrated"].normaliser.is_identity
+    assert found["published"].normaliser.is_identity
+    assert found["calibrated"].cfg.tie_shared is False
+    assert found["tied"].cfg.tie_shared is True
+    assert recipes["tied"].metrics(seed=1).step.tolist() == [1, 3]
     with pytest.raises(ValueError, match="protocol='other'"):
-        Reference(profile, "other")
+        Recipe(profile, "other")

@@ -3,9 +3,9 @@
 import pandas as pd
 import torch
 
+from dfc_lib.crosscoder.batches import AnyActivations
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import iterate_batches
-from dfc_lib.crosscoder.training import AnyActivations
 
 
 @torch.no_grad()

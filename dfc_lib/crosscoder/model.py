@@ -12,111 +12,54 @@ Raw activations enter and leave through a ``Normaliser``, which is part of the c
 dictionary without the scale that it was trained in is not the same dictionary.
 
 ``W_enc`` is ``(n_models, d_model, d_dict)`` and ``W_dec`` ``(d_dict, n_models, d_model)``; both are
-views of feature-major storage, see ``kernels``. The classes are registered with SAELens as
-``dfc_crosscoder``: once this module is imported, ``sae_lens.SAE.load_from_disk`` and
-``sae_lens.TrainingSAE.load_from_disk`` read a checkpoint back.
+views of feature-major storage, see ``kernels``. The class is registered with SAELens as
+``dfc_crosscoder``: once this module is imported, ``sae_lens.SAE.load_from_disk`` reads a checkpoint
+back. The loss is in ``losses``, the training loop in ``loop``.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.registry import (
-    SAE_CLASS_REGISTRY,
-    SAE_TRAINING_CLASS_REGISTRY,
-    register_sae_class,
-    register_sae_training_class,
-)
-from sae_lens.saes.sae import (
-    SAE,
-    SAEConfig,
-    SAEMetadata,
-    TrainingSAE,
-    TrainingSAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
-)
+from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
+from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dfc_lib.crosscoder import kernels
-from dfc_lib.crosscoder.partition import Block, Normaliser, Partition, Raw, Rows
+from dfc_lib.crosscoder import kernels, losses
+from dfc_lib.crosscoder.losses import Scalar, Variant
+from dfc_lib.crosscoder.partition import Normaliser, Partition, Raw, Rows
 from dfc_lib.store import save_tensors, write_atomically
 
 ARCHITECTURE = "dfc_crosscoder"
-VARIANTS = ("published", "exclusive_only")
-
-Variant = Literal["published", "exclusive_only"]
 Flat = Float[Tensor, "batch model*d_model"]  # the same in normalised units, concatenated
 Code = Float[Tensor, "batch d_dict"]  # features
-Scalar = Float[Tensor, ""]
-
-# --------------------------------------------------------------------------------------------------
-# Configuration, as SAELens stores it
 
 
 @dataclass(kw_only=True)
-class _CrosscoderFields:
-    k: int
-    partition: dict[str, Any]
-    batchtopk: bool = False
-    tie_shared: bool = False
-    apply_b_dec_to_input: bool = False
-
-
-@dataclass(kw_only=True)
-class CrosscoderConfig(_CrosscoderFields, SAEConfig):
-    """For inference. ``d_in`` is ``n_models * d_model``, ``d_sae`` is ``d_dict``.
+class CrosscoderConfig(SAEConfig):
+    """As SAELens stores it. ``d_in`` is ``n_models * d_model``, ``d_sae`` is ``d_dict``.
 
     Args:
         k: active features per sample (on average over the batch if ``batchtopk``).
         partition: ``Partition.to_dict()``.
         batchtopk: select over the batch in training (arXiv 2412.06410), by a threshold afterwards.
         tie_shared: a shared feature's decoder rows are equal in all models (normalised units).
-        apply_b_dec_to_input: subtract ``b_dec`` before encoding; off in the published crosscoders.
     """
+
+    k: int
+    partition: dict[str, Any]
+    batchtopk: bool = False
+    tie_shared: bool = False
 
     @classmethod
     def architecture(cls) -> str:
         return ARCHITECTURE
-
-
-@dataclass(kw_only=True)
-class TrainingCrosscoderConfig(_CrosscoderFields, TrainingSAEConfig):
-    """``CrosscoderConfig`` plus what training needs.
-
-    Args:
-        shared_coef, exclusive_coef, variant: the sparsity penalties, see ``Crosscoder.loss``.
-        aux_coef: weight of the auxiliary loss for dead features; ignored by ``published``.
-        aux_k: dead features per sample that take part in it; 0 means ``2 * k``.
-        threshold_rate: rate of the moving average of BatchTopK's threshold.
-        init_seed: seed of the initial weights.
-        decoder_init_norm: initial norm of a feature's decoder row over all models. Adam's fixed
-            step turns a short row faster: 0.3 explained more variance than 1 in short runs.
-    """
-
-    shared_coef: float = 0.0
-    exclusive_coef: float = 0.0
-    variant: str = "exclusive_only"
-    aux_coef: float = 1 / 32
-    aux_k: int = 0
-    threshold_rate: float = 0.01
-    init_seed: int = 0
-    decoder_init_norm: float = 0.3
-
-    @classmethod
-    def architecture(cls) -> str:
-        return ARCHITECTURE
-
-
-# --------------------------------------------------------------------------------------------------
-# The crosscoder
 
 
 class Forward(NamedTuple):
@@ -151,11 +94,12 @@ class _Constrained(Function):
         return grad, None
 
 
-class _CrosscoderCore:
-    """What inference and training have in common: everything but the bookkeeping of SAELens."""
+class Crosscoder(SAE[CrosscoderConfig]):
+    """A crosscoder, in training (``training``) or trained (``checkpoint``).
 
-    config_class: type[SAEConfig]
-    _selects_by_batch = False  # BatchTopK in use goes by its threshold, in training by the batch
+    It is made in evaluation mode. The mode matters to BatchTopK alone: in training it selects over
+    the batch, in use by its threshold.
+    """
 
     @classmethod
     def create(
@@ -167,12 +111,12 @@ class _CrosscoderCore:
         *,
         batchtopk: bool = False,
         tie_shared: bool = False,
-        apply_b_dec_to_input: bool = False,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         metadata: dict[str, Any] | None = None,
-        **training_fields: Any,
-    ):
+        init_seed: int = 0,
+        decoder_init_norm: float = 1.0,
+    ) -> "Crosscoder":
         """A crosscoder with initial weights and, unless one is given, the identity normaliser.
 
         Initial weights: one random direction per feature, the same in every model that the feature
@@ -183,23 +127,32 @@ class _CrosscoderCore:
         could read nothing but the mean of the streams, which would cost fidelity and push no
         difference into the exclusive blocks.
 
+        Args:
+            decoder_init_norm: initial norm of a feature's decoder row over all models.
+
         Raises:
             ValueError: ``k`` is not between 1 and the dictionary size.
         """
-        cfg = cls.config_class(
+        cfg = CrosscoderConfig(
             d_in=partition.n_models * d_model,
             d_sae=partition.dict_size,
             k=k,
             partition=partition.to_dict(),
             batchtopk=batchtopk,
             tie_shared=tie_shared,
-            apply_b_dec_to_input=apply_b_dec_to_input,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             metadata=SAEMetadata(**(metadata or {})),
-            **training_fields,
         )
         crosscoder = cls(cfg)
+        generator = torch.Generator().manual_seed(init_seed)
+        directions = torch.randn(partition.dict_size, 1, d_model, generator=generator)
+        with torch.no_grad():
+            rows = crosscoder.W_dec
+            rows.copy_(directions.expand_as(rows))
+            partition.zero_forbidden_(rows)
+            rows *= decoder_init_norm / rows.norm(dim=(1, 2), keepdim=True)
+            crosscoder.encoder.copy_(crosscoder.decoder)
         if normaliser is not None:
             crosscoder.normaliser = normaliser
         return crosscoder
@@ -218,21 +171,15 @@ class _CrosscoderCore:
             raise ValueError(f"k={cfg.k} must lie between 1 and the {self.d_dict} features")
 
         options = {"dtype": self.dtype, "device": self.device}
-        rows = torch.empty(self.d_dict, self.n_models, self.d_model, **options)
-        if self.device.type != "meta":  # where SAELens builds a model before it assigns the weights
-            generator = torch.Generator().manual_seed(getattr(cfg, "init_seed", 0))
-            directions = torch.randn(self.d_dict, 1, self.d_model, generator=generator)
-            rows.copy_(directions.expand_as(rows))
-            self.partition.zero_forbidden_(rows)
-            rows *= getattr(cfg, "decoder_init_norm", 1.0) / rows.norm(dim=(1, 2), keepdim=True)
-        self.encoder = nn.Parameter(rows.flatten(1).clone())
-        self.decoder = nn.Parameter(rows.flatten(1))
+        self.encoder = nn.Parameter(torch.zeros(self.d_dict, cfg.d_in, **options))
+        self.decoder = nn.Parameter(torch.zeros(self.d_dict, cfg.d_in, **options))
         self.b_enc = nn.Parameter(torch.zeros(self.d_dict, **options))
         self.b_dec = nn.Parameter(torch.zeros(self.n_models, self.d_model, **options))
         mean, scale = torch.zeros_like(self.b_dec), torch.ones(self.n_models, **options)
         self.register_buffer("normaliser_mean", mean.detach())
         self.register_buffer("normaliser_scale", scale)
         self.register_buffer("threshold", torch.zeros((), **options))
+        self.eval()
 
     # -- weights and their constraints
 
@@ -344,7 +291,7 @@ class _CrosscoderCore:
         fill: Float[Tensor, "model d_model"] | None = None,
     ) -> Code:
         """What ``encode`` selects from, before ReLU and top-k. Arguments as there."""
-        z = self._encoder_input(self._normalise(x, streams, fill))
+        z = self._normalise(x, streams, fill)
         W_enc = _Constrained.apply(self.encoder, self._constrain_encoder_grad_)
         return self.hook_sae_acts_pre(z @ W_enc.T + self.b_enc)
 
@@ -363,15 +310,9 @@ class _CrosscoderCore:
         z = (f.to(self.dtype) @ W_dec).unflatten(1, (self.n_models, self.d_model)) + self.b_dec
         return self.hook_sae_recons(self.normaliser.invert(z))
 
-    def reconstruct(
-        self,
-        x: Raw,
-        streams: Sequence[str | int] | None = None,
-        fill: Float[Tensor, "model d_model"] | None = None,
-        blocks: str | Sequence[str] | None = None,
-    ) -> Raw:
-        """``decode(encode(x))``, raw to raw. Arguments as in ``encode`` and ``decode``."""
-        return self.decode(self.encode(x, streams, fill), blocks)
+    def reconstruct(self, x: Raw) -> Raw:
+        """``decode(encode(x))``, raw to raw."""
+        return self.decode(self.encode(x))
 
     def error(self, x: Raw) -> Raw:
         """What the crosscoder leaves out: ``x - reconstruct(x)``, raw units."""
@@ -399,13 +340,10 @@ class _CrosscoderCore:
             x = torch.stack([(x if m in read else fill)[:, m] for m in models], dim=1)
         return self.hook_sae_input(self.normaliser.apply(x).flatten(1))
 
-    def _encoder_input(self, z: Flat) -> Flat:
-        return z - self.b_dec.flatten() if self.cfg.apply_b_dec_to_input else z
-
     def _select(self, preactivations: Code) -> kernels.Pattern:
         if not self.cfg.batchtopk:
             return kernels.top_k(preactivations, self.cfg.k)
-        if self._selects_by_batch and self.training:
+        if self.training:
             return kernels.batch_top_k(preactivations, self.cfg.k)
         return kernels.above(preactivations, float(self.threshold))
 
@@ -420,32 +358,19 @@ class _CrosscoderCore:
         *,
         dead: Bool[Tensor, " d_dict"] | None = None,
         aux_coef: float = 0.0,
-        dense: bool = False,
     ) -> tuple[Scalar, dict[str, Scalar]]:
         """``mse + shared_coef * l1_shared + exclusive_coef * l1_exclusive + aux_coef * aux``.
 
-        All means are over all elements, in normalised units (raw for the identity normaliser):
-
-        - ``mse``: mean of ``(z^ - z)**2`` over batch, models and dimensions.
-        - ``published`` (arXiv 2606.26474 and its code): ``l1_shared`` is the mean of the shared
-          features, ``l1_exclusive`` the average over models of the mean of *all* features that the
-          model has, so that shared features are penalised in both.
-        - ``exclusive_only``: ``l1_exclusive`` is the mean over the features that do not belong to
-          every model. In both terms a feature counts ``f_i * sum_m ||W_dec[i, m]||``, so that a
-          growing decoder cannot dodge the penalty.
-        - ``aux``: mean squared error of reconstructing the residual from the ``aux_k`` strongest
-          ``dead`` features (arXiv 2406.04093, A.2). No such term in ``published``.
+        See ``losses`` for the terms, and for what ``variant`` decides.
 
         Args:
             dead: the features that have not fired for long.
-            dense: the dense reference instead of the sparse kernels; same value, same gradients.
 
         Returns:
             The total, and its four terms before weighting.
         """
-        forward = self.forward_dense(x) if dense else self.forward_sparse(x)
-        terms = self.loss_terms(forward, variant, dead if aux_coef else None, dense=dense)
-        return weigh(terms, shared_coef, exclusive_coef, aux_coef), terms
+        terms = losses.terms(self, self.forward_sparse(x), variant, dead if aux_coef else None)
+        return losses.weigh(terms, shared_coef, exclusive_coef, aux_coef), terms
 
     def forward_sparse(self, x: Raw, in_place: bool = False) -> Forward:
         """Forward pass that touches only active rows after the encoder's product.
@@ -455,98 +380,21 @@ class _CrosscoderCore:
                 after which ``constrain_grads_`` has to be called.
         """
         z = self._normalise(x)
-        z_in = self._encoder_input(z)
-        W_enc, W_dec, enc_buffer, dec_buffer = self._weights(in_place)
+        W_enc, W_dec, enc_buffer, dec_buffer = self.weights(in_place)
         with torch.no_grad():
-            preactivations = torch.addmm(self.b_enc, z_in, self.encoder.T)
+            preactivations = torch.addmm(self.b_enc, z, self.encoder.T)
             pattern = self._select(preactivations)
-        values = kernels.sparse_encode(z_in, W_enc, self.b_enc, preactivations, pattern, enc_buffer)
+        values = kernels.sparse_encode(z, W_enc, self.b_enc, preactivations, pattern, enc_buffer)
         values = values.relu()
         reconstruction = kernels.sparse_decode(values, W_dec, pattern, dec_buffer)
         return Forward(z, reconstruction + self.b_dec.flatten(), preactivations, pattern, values)
 
-    def forward_dense(self, x: Raw) -> Forward:
-        """The reference: the same in ordinary dense products."""
-        z = self._normalise(x)
-        W_enc, W_dec, _, _ = self._weights(in_place=False)
-        preactivations = self._encoder_input(z) @ W_enc.T + self.b_enc
-        pattern = self._select(preactivations.detach())
-        values = preactivations[pattern.sample, pattern.feature].relu()
-        reconstruction = pattern.dense(values) @ W_dec + self.b_dec.flatten()
-        return Forward(z, reconstruction, preactivations.detach(), pattern, values)
-
-    def _weights(self, in_place: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def weights(self, in_place: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Encoder and decoder as a loss uses them, and the buffers for their gradients (if any)."""
         if in_place:
             return self.encoder, self.decoder, self.encoder.grad, self.decoder.grad
         encoder = _Constrained.apply(self.encoder, self._constrain_encoder_grad_)
         return encoder, _Constrained.apply(self.decoder, self._constrain_decoder_grad_), None, None
-
-    def loss_terms(
-        self,
-        forward: Forward,
-        variant: Variant,
-        dead: Bool[Tensor, " d_dict"] | None = None,
-        *,
-        in_place: bool = False,
-        dense: bool = False,
-        skip: Iterable[str] = (),
-    ) -> dict[str, Scalar]:
-        """The terms of ``loss`` for a forward pass; those named in ``skip`` stay 0 (saves time)."""
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is unknown; use one of {VARIANTS}")
-        shared, blocks = self.partition.shared_blocks, self.partition.blocks
-        if variant == "published":
-            exclusive = [[b for b in blocks if m in b.models] for m in range(self.n_models)]
-        else:
-            exclusive = [[b for b in blocks if b not in shared]]
-
-        terms = {"mse": F.mse_loss(forward.reconstruction, forward.z)}
-        for name, groups in {"l1_shared": [shared], "l1_exclusive": exclusive}.items():
-            groups = [] if name in skip else groups
-            means = [self._mean_activation(forward, g, variant, in_place) for g in groups]
-            terms[name] = sum(means, forward.z.new_zeros(())) / max(1, len(means))
-        terms["aux"] = forward.z.new_zeros(())
-        if dead is not None and variant != "published" and "aux" not in skip:
-            terms["aux"] = self._aux_loss(forward, dead, in_place, dense)
-        return terms
-
-    def _mean_activation(
-        self, forward: Forward, blocks: list[Block], variant: Variant, in_place: bool
-    ) -> Scalar:
-        """Mean over batch and features of the (weighted) activations of some blocks."""
-        weight = forward.z.new_zeros(self.d_dict)
-        for block in blocks:
-            features = self.partition.slices[block.name]
-            if variant == "published":
-                weight[features] = 1.0
-            else:
-                _, W_dec, _, buffer = self._weights(in_place)
-                weight[features] = kernels.summed_row_norms(W_dec, features, self.n_models, buffer)
-        total = (forward.activations * weight[forward.pattern.feature]).sum()
-        return total / max(1, len(forward.z) * sum(block.size for block in blocks))
-
-    def _aux_loss(self, forward: Forward, dead: Tensor, in_place: bool, dense: bool) -> Scalar:
-        candidates = dead.nonzero().squeeze(-1)
-        if candidates.numel() == 0:
-            return forward.z.new_zeros(())
-        wanted = getattr(self.cfg, "aux_k", 0) or 2 * self.cfg.k
-        chosen = kernels.top_k(
-            forward.preactivations[:, candidates], min(wanted, candidates.numel())
-        )
-        pattern = kernels.Pattern(chosen.starts, candidates[chosen.feature], self.d_dict)
-        W_enc, W_dec, enc_buffer, dec_buffer = self._weights(in_place)
-        z_in = self._encoder_input(forward.z)
-        if dense:
-            values = (z_in @ W_enc.T + self.b_enc)[pattern.sample, pattern.feature].relu()
-            explained = pattern.dense(values) @ W_dec
-        else:
-            values = kernels.sparse_encode(
-                z_in, W_enc, self.b_enc, forward.preactivations, pattern, enc_buffer
-            )
-            explained = kernels.sparse_decode(values.relu(), W_dec, pattern, dec_buffer)
-        residual = (forward.z - forward.reconstruction).detach()
-        # A few dead features cannot explain much of the residual: pull at them more gently.
-        return F.mse_loss(explained, residual) * min(candidates.numel() / wanted, 1.0)
 
     @torch.no_grad()
     def update_threshold_(self, forward: Forward, rate: float) -> None:
@@ -565,8 +413,7 @@ class _CrosscoderCore:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        is_training = isinstance(self.cfg, TrainingSAEConfig)
-        config = self.cfg.get_inference_sae_cfg_dict() if is_training else self.cfg.to_dict()
+        config = self.cfg.to_dict()
         config["device"] = "cpu"  # where it was trained says nothing about where it will be used
         save_tensors(self.state_dict(), directory / SAE_WEIGHTS_FILENAME)
         write_atomically(directory / SAE_CFG_FILENAME, json.dumps(config, indent=2) + "\n")
@@ -596,74 +443,16 @@ class _CrosscoderCore:
             if largest := self.partition.largest_forbidden(self._rows(state_dict[name])):
                 raise ValueError(f"{name} violates the partition: a forbidden weight is {largest}")
 
-    # -- what SAELens offers for SAEs and a crosscoder cannot
-
-    def fold_W_dec_norm(self) -> None:
-        raise NotImplementedError("rescaling features would change which are among the top k")
-
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        raise NotImplementedError("the scale of each model is in crosscoder.normaliser")
-
-    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("the scale of each model is in crosscoder.normaliser")
-
-    def get_W_dec_norm(self) -> Float[Tensor, " d_dict"]:
-        """Norm of each feature's decoder row over all models together."""
-        return self.decoder.detach().norm(dim=-1).clamp(min=1e-8)
-
-
-class Crosscoder(_CrosscoderCore, SAE[CrosscoderConfig]):
-    """A trained crosscoder: from ``checkpoint`` or ``training``."""
-
-    config_class = CrosscoderConfig
-
-
-class TrainingCrosscoder(_CrosscoderCore, TrainingSAE[TrainingCrosscoderConfig]):
-    """A crosscoder in training: by ``training`` (fast) or by SAELens' ``SAETrainer``."""
-
-    config_class = TrainingCrosscoderConfig
-    _selects_by_batch = True
-
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """For SAELens' trainer; ``step_input.sae_in`` is raw, ``(batch, n_models * d_model)``."""
-        cfg = self.cfg
-        forward = self.forward_sparse(step_input.sae_in.unflatten(1, (self.n_models, self.d_model)))
-        dead = step_input.dead_neuron_mask if cfg.aux_coef else None
-        terms = self.loss_terms(forward, cfg.variant, dead)
-        self.update_threshold_(forward, cfg.threshold_rate)
-        return TrainStepOutput(
-            sae_in=forward.z,
-            sae_out=forward.reconstruction,
-            feature_acts=forward.pattern.dense(forward.activations),
-            hidden_pre=forward.preactivations,
-            loss=weigh(terms, cfg.shared_coef, cfg.exclusive_coef, cfg.aux_coef),
-            losses=terms,
+    def _not_for_a_crosscoder(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "what SAELens folds into an SAE's weights would change which features are among the "
+            "top k; the scale of each model is in crosscoder.normaliser"
         )
 
-    def encode_with_hidden_pre(self, x: Flat) -> tuple[Code, Code]:
-        """SAELens' signature: features and pre-activations of flattened raw activations."""
-        preactivations = self.preactivations(x.unflatten(1, (self.n_models, self.d_model)))
-        pattern = self._select(preactivations.detach())
-        values = preactivations[pattern.sample, pattern.feature].relu()
-        return self.hook_sae_acts_post(pattern.dense(values)), preactivations
-
-    def calculate_aux_loss(self, step_input, feature_acts, hidden_pre, sae_out) -> dict:
-        raise NotImplementedError("a crosscoder's losses are computed together, in loss_terms")
-
-    def get_coefficients(self) -> dict[str, float]:
-        return {}
-
-
-def weigh(
-    terms: dict[str, Scalar], shared_coef: float, exclusive_coef: float, aux_coef: float
-) -> Scalar:
-    """The total loss from its terms."""
-    penalties = shared_coef * terms["l1_shared"] + exclusive_coef * terms["l1_exclusive"]
-    return terms["mse"] + penalties + aux_coef * terms["aux"]
+    fold_W_dec_norm = fold_activation_norm_scaling_factor = _not_for_a_crosscoder
+    fold_activation_whitening = _not_for_a_crosscoder
 
 
 # A notebook's autoreload executes this module again; SAELens refuses to register a name twice.
 SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)
-SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)
 register_sae_class(ARCHITECTURE, Crosscoder, CrosscoderConfig)
-register_sae_training_class(ARCHITECTURE, TrainingCrosscoder, TrainingCrosscoderConfig)

@@ -15,7 +15,7 @@ from dfc_lib.profiles import Profile
 
 @dataclass(frozen=True)
 class Recipe:
-    """The crosscoders that the notebooks share: a protocol, trained on one of the caches of 01.
+    """The crosscoders that the notebooks share: a protocol, trained on one of the shared caches.
 
     >>> tied = Recipe(profiles.get("toy"), tie_shared=True)
     >>> dfc = study.crosscoders({"tied": tied}, seeds=[0])["tied", 0]  # trained once, then loaded

@@ -24,26 +24,24 @@ The gold answer is in ToolRL's layout, see ``scoring``. Rows of neutral text hav
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dfc_lib import paths, store
-from dfc_lib.data import scoring
-from dfc_lib.data.pair import sha256
+from dfc_lib.data import prompts, scoring
+from dfc_lib.data.pair import by_hand, is_hub_name, sha256
+from dfc_lib.data.prompts import Record, Tool
 from dfc_lib.profiles import Profile
-from dfc_lib.data.prompts import SPLITS, Record, Tool, assign, read_neutral, read_records, write_neutral, write_records
+from dfc_lib.provenance import code_hash
 
-CORPORA_VERSION = 1  # raise it when the same source would give other records
 # ToolRL has 4,000 rows: half to train crosscoders on, and 1,000 to evaluate on.
 SHARES = {"crosscoder": 0.50, "ranking": 0.15, "selection": 0.10, "evaluation": 0.25}
 NEUTRAL_CHARACTERS = 200, 2_000  # shorter web pages are left out, longer ones cut: about 450 tokens
 HEADER = "**Dialogue Records History**"
-SOURCE = "source.json"
 
 
 class CorpusError(RuntimeError):
@@ -53,7 +51,7 @@ class CorpusError(RuntimeError):
 def splits(profile: Profile) -> list[str]:
     """The splits of the profile's prompts."""
     folder = _prompts(profile)
-    return [split for split in SPLITS if (folder / f"{split}.jsonl").exists()]
+    return [split for split in prompts.SPLITS if (folder / f"{split}.jsonl").exists()]
 
 
 def records(profile: Profile, split: str) -> list[Record]:
@@ -63,12 +61,12 @@ def records(profile: Profile, split: str) -> list[Record]:
         CorpusError: the source is out of reach, or no row of it can be used.
         FileNotFoundError: a shipped file is missing.
     """
-    return read_records(_prompts(profile) / f"{split}.jsonl")
+    return prompts.read_records(_prompts(profile) / f"{split}.jsonl")
 
 
 def neutral(profile: Profile, split: str) -> list[str]:
     """All neutral texts of a split, in a fixed order. Raises as :func:`records`."""
-    return read_neutral(_neutral(profile) / f"{split}.jsonl")
+    return prompts.read_neutral(_neutral(profile) / f"{split}.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -77,89 +75,74 @@ def neutral(profile: Profile, split: str) -> list[str]:
 
 def _prompts(profile: Profile) -> Path:
     """The folder with one file of records a split."""
-    shipped = _split_files(profile.records)
-    if shipped:
-        return shipped
-    folder, about = _kept(profile, "prompts", profile.records)
-    if _is_current(folder, about):
-        return folder
-    left_out: Counter[str] = Counter()
-    by_split: dict[str, dict[str, Record]] = {split: {} for split in SHARES}
-    for row in _rows(profile.records, hint=_DOWNLOAD_ALL):
-        try:
-            record = record_of(row)
-        except ValueError as error:
-            left_out[str(error)] += 1
-            continue
-        if record.id in by_split[record.split]:
-            left_out["a repetition of another row"] += 1
-        by_split[record.split][record.id] = record
-    reasons = "; ".join(f"{n} x {reason}" for reason, n in left_out.most_common(5))
-    _need_some(profile.records, by_split, reasons)
-    if reasons:
-        warnings.warn(f"{profile.records}: rows left out: {reasons}", stacklevel=3)
-    for split, found in by_split.items():
-        write_records(folder / f"{split}.jsonl", found.values())
-    return _mark_current(folder, about)
+    return _folder(profile, "prompts", profile.records, _write_prompts)
 
 
 def _neutral(profile: Profile) -> Path:
     """The folder with one file of neutral texts a split."""
-    shipped = _split_files(profile.neutral)
-    if shipped:
-        return shipped
     wanted = {
         "crosscoder": profile.n_crosscoder_texts,
         "ranking": max(profile.n_ranking, profile.n_neutral_texts),
         "evaluation": profile.n_steering,
     }
-    folder, about = _kept(profile, "neutral", profile.neutral, wanted)
-    if _is_current(folder, about):
-        return folder
-    by_split: dict[str, dict[str, None]] = {split: {} for split in wanted}
-    rows = _rows(profile.neutral, streaming=True, hint=_DOWNLOAD_ONE)
-    for row in rows:
-        if "text" not in row:
-            raise CorpusError(f"{profile.neutral}: its rows have no column 'text' ({list(row)}).")
-        text = _cut(row["text"])
-        split = assign(text, SHARES)
-        if text and split in wanted and len(by_split[split]) < wanted[split]:
-            by_split[split][text] = None
-        if all(len(by_split[split]) >= n for split, n in wanted.items()):
-            rows.close()
-            break
-    _need_some(profile.neutral, by_split)
-    fewer = {s: f"{len(by_split[s])} of {n}" for s, n in wanted.items() if len(by_split[s]) < n}
-    if fewer:
-        warnings.warn(f"{profile.neutral}: fewer texts than wanted: {fewer}", stacklevel=3)
-    write_neutral(folder, {split: list(found) for split, found in by_split.items()})
-    return _mark_current(folder, about)
+    return _folder(profile, "neutral", profile.neutral, _write_neutral, wanted)
 
 
-def _split_files(source: str) -> Path | None:
-    """The folder itself, where a source is one that holds a file a split."""
-    folder = paths.ROOT / source
-    return folder if any((folder / f"{split}.jsonl").exists() for split in SHARES) else None
-
-
-def _kept(profile: Profile, what: str, source: str, wanted: Any = None) -> tuple[Path, dict]:
-    """Where the split texts of a source are kept, and what must be written beside them."""
-    about: dict[str, Any] = {"version": CORPORA_VERSION, "source": source, "wanted": wanted}
-    about["files"] = {path.name: sha256(path) for path in _files(source)}
-    return paths.build(profile.name, "corpora") / what, about
-
-
-def _is_current(folder: Path, about: dict) -> bool:
-    try:
-        return json.loads((folder / SOURCE).read_text(encoding="utf-8")) == about
-    except (OSError, ValueError):
-        return False
-
-
-def _mark_current(folder: Path, about: dict) -> Path:
-    """Last of all, so that a killed run leaves no half-made splits that look whole."""
-    store.write_atomically(folder / SOURCE, json.dumps(about, indent=1) + "\n")
+def _folder(
+    profile: Profile, what: str, source: str, write: Callable[..., None], wanted: Any = None
+) -> Path:
+    """The source itself where it holds a file a split; else what ``write`` makes of it, kept."""
+    shipped = paths.ROOT / source
+    if any((shipped / f"{split}.jsonl").exists() for split in SHARES):
+        return shipped
+    folder = paths.build(profile.name, "corpora", what)
+    files = {path.name: sha256(path) for path in _files(source)}
+    made_from = {"code": code_hash(__name__), "source": source, "wanted": wanted, "files": files}
+    content, mark = json.dumps(made_from, indent=1) + "\n", folder / "source.json"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != content:
+        write(source, folder, wanted)
+        # Last of all, so that a killed run leaves no half-made splits that look whole.
+        store.write_atomically(mark, content)
     return folder
+
+
+def _write_prompts(source: str, folder: Path, _: None) -> None:
+    left_out: Counter[str] = Counter()
+    by_split: dict[str, dict[str, Record]] = {split: {} for split in SHARES}
+    for row in _rows(source):
+        try:
+            record = record_of(row)
+        except ValueError as error:
+            left_out[str(error)] += 1
+            continue
+        left_out["a repetition of another row"] += record.id in by_split[record.split]
+        by_split[record.split][record.id] = record
+    reasons = "; ".join(f"{n} x {reason}" for reason, n in left_out.most_common(5) if n)
+    _need_some(source, by_split, reasons)
+    if reasons:
+        warnings.warn(f"{source}: rows left out: {reasons}", stacklevel=5)
+    for split, records in by_split.items():
+        prompts.write_records(folder / f"{split}.jsonl", records.values())
+
+
+def _write_neutral(source: str, folder: Path, wanted: dict[str, int]) -> None:
+    by_split: dict[str, dict[str, None]] = {split: {} for split in wanted}
+    missing = dict(wanted)
+    # FineWeb is far too large to download whole; one file of it is plenty.
+    for row in _rows(source, ' --include "sample/10BT/000_00000.parquet"', streaming=True):
+        if "text" not in row:
+            raise CorpusError(f"{source}: its rows have no column 'text' ({list(row)}).")
+        text = _cut(row["text"])
+        split = prompts.assign(text, SHARES)
+        if text and missing.get(split):
+            by_split[split][text] = None
+            missing[split] = wanted[split] - len(by_split[split])
+        if not any(missing.values()):
+            break
+    _need_some(source, by_split)
+    if fewer := {s: f"{wanted[s] - n} of {wanted[s]}" for s, n in missing.items() if n}:
+        warnings.warn(f"{source}: fewer texts than wanted: {fewer}", stacklevel=5)
+    prompts.write_neutral(folder, {split: list(texts) for split, texts in by_split.items()})
 
 
 def _need_some(source: str, by_split: Mapping[str, Any], left_out: str = "") -> None:
@@ -175,9 +158,6 @@ def _need_some(source: str, by_split: Mapping[str, Any], left_out: str = "") -> 
 # ---------------------------------------------------------------------------------------------
 # Rows
 
-# FineWeb is far too large to download whole; one file of it is plenty.
-_DOWNLOAD_ALL = "hf download {name} --repo-type dataset --local-dir {place}"
-_DOWNLOAD_ONE = _DOWNLOAD_ALL + ' --include "sample/10BT/000_00000.parquet"'
 _SUFFIXES = (".parquet", ".jsonl", ".json")  # a folder's rows are in files of the first kind it has
 
 
@@ -197,10 +177,13 @@ def _files(source: str) -> list[Path]:
     raise CorpusError(f"{path}: no .parquet, .jsonl or .json file in this folder.")
 
 
-def _rows(source: str, *, streaming: bool = False, hint: str) -> Iterator[dict[str, Any]]:
-    """The rows of a source; a hub data set's splits one after the other."""
+def _rows(source: str, options: str = "", streaming: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a source; a hub data set's splits one after the other.
+
+    ``options`` are those of the download by hand that an error suggests.
+    """
     files, (name, _, configuration) = _files(source), source.partition(":")
-    if not files and not _looks_like_hub(name):
+    if not files and not is_hub_name(name):
         raise CorpusError(
             f"{source}: no such file or folder, and not the name of a hub data set (owner/name). "
             "Paths in a profile are relative to the compendium, in a profile file to that file."
@@ -212,17 +195,11 @@ def _rows(source: str, *, streaming: bool = False, hint: str) -> Iterator[dict[s
     import datasets
 
     try:
-        found = datasets.load_dataset(name, configuration or None, streaming=streaming)
-        for split in sorted(found):
-            yield from found[split]
+        of_splits = datasets.load_dataset(name, configuration or None, streaming=streaming)
+        for split in sorted(of_splits):
+            yield from of_splits[split]
     except Exception as error:  # the hub's client has many kinds of its own
-        place = paths.DOWNLOADS / name.rpartition("/")[2]
-        command = hint.format(name=name, place=os.path.relpath(place, paths.ROOT))
-        raise CorpusError(
-            f"{source}: cannot be had from the Hugging Face hub ({type(error).__name__}: {error}). "
-            f"On a machine with network access run `{command}` and copy the folder to {place}, "
-            "where it is found."
-        ) from error
+        raise CorpusError(by_hand(name, error, f" --repo-type dataset{options}")) from error
 
 
 def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
@@ -233,31 +210,25 @@ def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
         if file.suffix == ".parquet":
             import datasets
 
-            yield from datasets.load_dataset(
-                "parquet", data_files=[str(file)], split="train", streaming=True
-            )
+            of_file = {"data_files": [str(file)], "split": "train"}
+            yield from datasets.load_dataset("parquet", **of_file, streaming=True)
             return
         with file.open(encoding="utf-8") as lines:
-            if file.suffix == ".json" and lines.read(1) == "[":  # one list, as ToolRL's own release
-                lines.seek(0)
-                yield from json.load(lines)
-                return
+            is_list = lines.read(1) == "["  # as ToolRL's own release
             lines.seek(0)
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise CorpusError(f"{file}, line {number}: not JSON ({error}).") from error
+            yield from json.load(lines) if is_list else _parsed(lines)
     except (OSError, ValueError, RuntimeError) as error:  # pyarrow's errors are ValueErrors
-        if isinstance(error, CorpusError):
-            raise
         raise CorpusError(
             f"{file}: cannot be read ({type(error).__name__}: {error}). Copy or download it again."
         ) from error
 
 
-def _looks_like_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: not JSON ({error})") from error
 
 
 def _cut(text: Any) -> str:
@@ -293,60 +264,45 @@ def record_of(row: Mapping[str, Any]) -> Record:
     if {"instruction", "input", "output"} <= row.keys():
         return _from_toolrl(*(_text(row, column) for column in ("instruction", "input", "output")))
     if {"tools", "query", "gold"} <= row.keys():
-        tools = tuple(_own_tool(tool) for tool in row["tools"])
         optional = {column: row.get(column) or "" for column in ("system", "user", "domain")}
         query = _text(row, "query")
-        return _record(tools, query, query, _text(row, "gold"), **optional)
+        return _record(map(_tool, row["tools"]), query, query, _text(row, "gold"), **optional)
     raise ValueError(
         f"its columns are {sorted(row)}, neither instruction, input, output nor tools, query, gold"
     )
 
 
 def _from_toolrl(system: str, dialogue: str, gold: str) -> Record:
-    tools = toolrl_tools(system)
     turns = dialogue.replace(HEADER, "", 1).strip()
     first = _USER_TURN.search(turns)
     if first is None:
         raise ValueError("no <user> turn in the input")
     alone = len(_ANY_TURN.findall(turns)) == 1
     query = first[1].strip() if alone else turns
+    tools = (_tool(match.groupdict()) for match in _TOOL.finditer(system))
     return _record(tools, query, first[1], gold, system=system, user=dialogue)
 
 
-def toolrl_tools(system: str) -> tuple[Tool, ...]:
-    """The tools that a ToolRL system text lists; a parameter's type is given in the data's words.
-
-    Raises:
-        ValueError: a tool's parameters are not a JSON object.
-    """
-    tools = []
-    for match in _TOOL.finditer(system):
-        try:
-            parameters = json.loads(match["parameters"])
-            types = {
-                name: str(spec.get("type", "")) if isinstance(spec, dict) else str(spec)
-                for name, spec in parameters.items()
-            }
-        except (ValueError, AttributeError):
-            raise ValueError("a tool's parameters are not a JSON object") from None
-        tools.append(Tool(match["name"].strip(), match["description"].strip(), types))
-    return tuple(tools)
-
-
-def _own_tool(tool: Any) -> Tool:
+def _tool(listed: Mapping[str, Any]) -> Tool:
+    """A tool; a parameter's type is given in the data's words."""
     try:
-        parameters = tool.get("parameters") or {}
-        if isinstance(parameters, str):  # parquet has no free-form objects
+        parameters = listed.get("parameters")
+        if isinstance(parameters, str):  # in ToolRL's texts, and in parquet, which has no objects
             parameters = json.loads(parameters)
-        types = {k: str(v) for k, v in parameters.items() if v is not None}
-        return Tool(tool["name"], tool.get("description") or "", types)
+        types = {
+            name: str(spec.get("type", "")) if isinstance(spec, dict) else str(spec)
+            for name, spec in (parameters or {}).items()
+            if spec is not None
+        }
+        return Tool(listed["name"].strip(), (listed.get("description") or "").strip(), types)
     except (TypeError, KeyError, AttributeError, ValueError):
-        raise ValueError("a tool has no name, or its parameters are no object") from None
+        raise ValueError("a tool has no name, or its parameters are not a JSON object") from None
 
 
 def _record(
-    tools: tuple[Tool, ...], query: str, opening: str, gold: str, domain: str = "", **texts: str
+    tools: Iterable[Tool], query: str, opening: str, gold: str, domain: str = "", **texts: str
 ) -> Record:
+    tools = tuple(tools)
     if not tools:
         raise ValueError("no tool is listed")
     if not query.strip():
@@ -357,7 +313,7 @@ def _record(
     content = json.dumps([[t.name for t in tools], query, gold, *texts.values()])
     return Record(
         id=hashlib.blake2b(content.encode(), digest_size=6).hexdigest(),
-        split=assign(" ".join(opening.casefold().split()), SHARES),
+        split=prompts.assign(" ".join(opening.casefold().split()), SHARES),
         kind="call" if calls else "response",
         domain=domain,
         tool=calls[0]["name"] if calls else "",

@@ -11,11 +11,8 @@ from a model repository is ever run.
 
 from __future__ import annotations
 
-import copy
 import gc
 import hashlib
-import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dfc_lib.paths import DOWNLOADS, downloaded
+from dfc_lib import paths
+from dfc_lib.paths import downloaded
+from dfc_lib.store import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +41,10 @@ class PairError(RuntimeError):
 # ---------------------------------------------------------------------------------------------
 # files
 
+_REMEDY = (
+    "Restore it with `git checkout -- data/pair`, remake it with `make pair`, or download it again."
+)
+
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hex digits."""
@@ -48,85 +52,47 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(directory: str | Path) -> Path:
+def write_checksums(directory: str | Path) -> None:
     """Write ``SHA256SUMS`` (the format of ``sha256sum``) over every file below ``directory``."""
     directory = Path(directory)
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
     lines = [f"{sha256(p)}  {p.relative_to(directory).as_posix()}\n" for p in files]
-    partial = directory / f".{SUMS}.partial"
-    partial.write_text("".join(lines))
-    os.replace(partial, directory / SUMS)
-    return directory / SUMS
+    write_atomically(directory / SUMS, "".join(lines))
 
 
-def verify(directory: str | Path, *, only: str | Path | None = None) -> int:
-    """Check the files of ``directory`` against its ``SHA256SUMS``; return how many were checked.
+def verify(folder: str | Path) -> None:
+    """Check a model folder where a ``SHA256SUMS`` in or above it covers it (the shipped pair's do).
 
-    ``only`` restricts the check to one sub-folder. Raises :class:`PairError` naming every file that
-    is missing, truncated or altered, with the remedy.
+    A flipped byte in a weight raises nothing on loading, it just changes the results. Raises
+    :class:`PairError` naming every file that is missing, truncated or altered, with the remedy.
     """
-    directory = Path(directory)
-    remedy = (
-        f"Restore the files with `git checkout -- {_shown(directory)}`, or remake them with "
-        "`make pair`."
-    )
-    if not directory.is_dir():
-        raise PairError(f"{directory}: no such folder. {remedy}")
-    if not (directory / SUMS).is_file():
-        raise PairError(f"{directory / SUMS}: missing, so nothing can be checked. {remedy}")
-    prefix = (
-        "" if only is None else Path(only).resolve().relative_to(directory.resolve()).as_posix()
-    )
-    prefix = "" if prefix == "." else prefix
-    problems, checked = [], 0
-    for number, line in enumerate((directory / SUMS).read_text().splitlines(), 1):
+    folder = Path(folder).resolve()
+    above = next((p for p in [folder, *folder.parents][:4] if (p / SUMS).is_file()), None)
+    if above is None:
+        return
+    problems = []
+    for number, line in enumerate((above / SUMS).read_text().splitlines(), 1):
         digest, _, name = line.partition("  ")
+        path = above / name
         if len(digest) != 64 or not name:
-            raise PairError(f"{directory / SUMS}, line {number}: not '<sha256>  <file>'. {remedy}")
-        if prefix and not name.startswith(prefix + "/"):
-            continue
-        path, checked = directory / name, checked + 1
-        if not path.is_file():
+            problems.append(f"{above / SUMS}, line {number}: not '<sha256>  <file>'")
+        elif path.is_relative_to(folder) and not path.is_file():
             problems.append(f"{path}: missing")
-        elif sha256(path) != digest:
-            problems.append(f"{path}: {_damage(path)}")
+        elif path.is_relative_to(folder) and sha256(path) != digest:
+            problems.append(f"{path}: {_damage(path) or 'altered (its SHA-256 differs)'}")
     if problems:
-        raise PairError("\n".join([*problems, remedy]))
-    return checked
-
-
-def _shown(directory: Path) -> str:
-    """``directory`` as it is typed from the repository's root, where it lies below that."""
-    root = Path(__file__).resolve().parents[2]
-    resolved = directory.resolve()
-    return str(resolved.relative_to(root)) if resolved.is_relative_to(root) else str(directory)
+        raise PairError("\n".join([*problems, _REMEDY]))
 
 
 def _damage(path: Path) -> str:
-    """Say whether a file whose checksum is wrong is cut short or altered."""
+    """What keeps a ``safetensors`` file from being read; empty if nothing does."""
     if path.suffix == ".safetensors":
         try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            ends = (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-            want, have = 8 + length + max(ends, default=0), path.stat().st_size
-            if have < want:
-                return f"truncated ({have:,} of {want:,} bytes)"
-        except (ValueError, KeyError, OverflowError, MemoryError):
-            return "its header cannot be read: truncated or altered"
-    return "truncated (empty)" if path.stat().st_size == 0 else "altered (its SHA-256 differs)"
-
-
-def _verify_model_folder(folder: Path) -> None:
-    """Check a model folder wherever a ``SHA256SUMS`` above it covers it (the shipped pair's does).
-
-    A flipped byte in a weight raises nothing on loading, it just changes the results.
-    """
-    for parent in [folder, *folder.resolve().parents][:4]:
-        if (parent / SUMS).is_file():
-            verify(parent, only=folder)
-            return
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            return f"truncated or altered ({path.stat().st_size:,} bytes; {error})"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,18 +116,11 @@ def load_model(
 
     source = _resolve(name_or_directory)
     _need_device(device)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if isinstance(source, Path):
-        _need(source / "config.json")
-        if not any(source.glob("*.safetensors")):
-            raise PairError(
-                f"{source}: no *.safetensors file. Only safetensors weights are loaded (a pickled "
-                "checkpoint can run code); convert it with `save_pretrained`."
-            )
-        _verify_model_folder(source)
     bars = logging.is_progress_bar_enabled()
-    if isinstance(source, Path):  # a bar per load clutters notebooks; downloads keep theirs
-        logging.disable_progress_bar()
+    if isinstance(source, Path):
+        _need_weights(source)
+        verify(source)
+        logging.disable_progress_bar()  # one per load clutters notebooks; downloads keep theirs
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -197,21 +156,39 @@ def _resolve(name: str | Path) -> Path | str:
         return Path(name)
     if folder := downloaded(str(name)):
         return folder
-    text = str(name)
-    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if isinstance(name, Path) or not is_hub_name(name):
         raise PairError(
-            f"{text}: no such model folder. The embedded pair is restored with "
-            "`git checkout -- data/pair` or remade with `make pair`; a hub model is named "
-            "'owner/name'."
+            f"{name}: no such model folder; a hub model is named 'owner/name'. {_REMEDY}"
         )
-    return text
+    return name
 
 
-def _need(path: Path) -> None:
-    if not path.is_file():
+def is_hub_name(name: str) -> bool:
+    """Whether it reads like ``owner/name``, and not like a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def by_hand(name: str, error: Exception, options: str = "") -> str:
+    """What to do where a model or data set of the hub (``owner/name``) cannot be reached."""
+    folder = name.rpartition("/")[2]
+    return (
+        f"{name}: cannot be had from the Hugging Face hub ({type(error).__name__}: {error}). On a "
+        f"machine with network access run `hf download {name}{options} --local-dir "
+        f"{paths.DOWNLOADS.name}/{folder}` and copy that folder to {paths.DOWNLOADS / folder}, "
+        "where it is found; or give a path instead of the name."
+    )
+
+
+def _need_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
         raise PairError(
-            f"{path}: missing. A model folder holds config.json and *.safetensors; restore it with "
-            "`git checkout -- data/pair`, remake it with `make pair`, or download it again."
+            f"{folder / 'config.json'}: missing. A model folder holds config.json and "
+            f"*.safetensors. {_REMEDY}"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise PairError(
+            f"{folder}: no *.safetensors file. Only safetensors weights are loaded (a pickled "
+            "checkpoint can run code); convert it with `save_pretrained`."
         )
 
 
@@ -241,18 +218,10 @@ def _explain(source: Path | str, error: Exception, device: str | torch.device = 
             "activations.cache(..., device=), which takes them there one at a time."
         )
     if isinstance(source, Path):
-        damaged = [p for p in sorted(source.glob("*.safetensors")) if "truncated" in _damage(p)]
-        where = ", ".join(f"{p}: {_damage(p)}" for p in damaged) or f"{source}: cannot be loaded"
-        return PairError(
-            f"{where} ({type(error).__name__}: {error}). Restore it with "
-            "`git checkout -- data/pair`, remake it with `make pair`, or download it again."
-        )
-    return PairError(
-        f"{source}: cannot be had from the Hugging Face hub ({type(error).__name__}: {error}). "
-        f"On a machine with network access run `hf download {source} --local-dir "
-        f"{DOWNLOADS.name}/{source.rpartition('/')[2]}` and copy that folder into {DOWNLOADS}, "
-        "where it is found; or give a folder's path instead of the name."
-    )
+        damaged = [f"{p}: {_damage(p)}" for p in sorted(source.glob("*")) if _damage(p)]
+        where = ", ".join(damaged) or f"{source}: cannot be loaded"
+        return PairError(f"{where} ({type(error).__name__}: {error}). {_REMEDY}")
+    return PairError(by_hand(source, error))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,17 +241,17 @@ class Pair:
     layer: int
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise PairError("models: empty; give at least one model.")
-        for what, of in {"width (hidden_size)": width, "vocabulary": vocabulary}.items():
-            values = {name: of(model) for name, model in self.models.items()}
+        models = self.models.items()
+        widths = {name: width(model) for name, model in models}
+        embedded = {name: len(model.get_input_embeddings().weight) for name, model in models}
+        for what, values in {"width (hidden_size)": widths, "vocabulary": embedded}.items():
             if len(set(values.values())) > 1:
                 shown = ", ".join(f"{name}: {value}" for name, value in values.items())
                 raise PairError(
                     f"the models differ in {what} ({shown}). A crosscoder compares models of one "
                     "family: take a tuned model and the base it was tuned from."
                 )
-        for name, model in self.models.items():
+        for name, model in models:
             if not 0 <= self.layer < depth(model):
                 raise PairError(
                     f"layer {self.layer}: model {name} has {depth(model)} blocks, "
@@ -309,23 +278,17 @@ class Pair:
 def load_pair(
     sources: Mapping[str, str | Path],
     layer: int,
-    tokenizer: str | Path | None = None,
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Pair:
     """Load ``{"A": folder or hub name, "B": ...}``, and the tokenizer of the first one."""
     models = {name: load_model(source, dtype, device) for name, source in sources.items()}
-    return Pair(models, load_tokenizer(tokenizer or next(iter(sources.values()))), layer)
+    return Pair(models, load_tokenizer(next(iter(sources.values()))), layer)
 
 
 def width(model: nn.Module) -> int:
     """Width of the residual stream (``hidden_size``)."""
     return model.config.hidden_size
-
-
-def vocabulary(model: nn.Module) -> int:
-    """Rows of the embedding matrix."""
-    return model.get_input_embeddings().weight.shape[0]
 
 
 def depth(model: nn.Module) -> int:
@@ -386,21 +349,3 @@ def in_chunks(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with batch_size={batch_size}", stacklevel=3)
-
-
-def bridge(model: nn.Module, tokenizer: Any) -> Any:
-    """A TransformerLens ``TransformerBridge`` on a copy of ``model``, for reading and notebooks.
-
-    A copy, since the bridge rewires the model that it wraps; and its tokenizer is a copy too, since
-    TransformerLens may set a beginning-of-sequence token on it. Give it token tensors, not strings.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    duplicate = copy.deepcopy(model)
-    return TransformerBridge.boot_transformers(
-        getattr(model.config, "_name_or_path", "") or model.config.model_type,
-        hf_model=duplicate,
-        tokenizer=copy.deepcopy(tokenizer),
-        device=str(next(model.parameters()).device),
-        dtype=next(model.parameters()).dtype,
-    )

@@ -200,12 +200,8 @@ def read_records(path: Path) -> list[Record]:
         FileNotFoundError: the file is missing; says how to get it back.
         ValueError: a line is not a record; names file and line.
     """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: restore it with `git checkout -- data` or `make pair`"
-        )
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line)
             row["tools"] = tuple(Tool(**tool) for tool in row["tools"])
@@ -231,12 +227,16 @@ def write_neutral(folder: Path, texts: dict[str, Sequence[str]]) -> None:
 
 
 def read_neutral(path: Path) -> list[str]:
-    """Read neutral texts written by `write_neutral`."""
+    """Read neutral texts written by `write_neutral`. Raises as `read_records` does."""
+    return [json.loads(line)["text"] for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing: restore it with `git checkout -- data` or `make pair`"
         )
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def assert_disjoint(**splits: Sequence[Record]) -> None:
@@ -278,10 +278,8 @@ def chat_text(tokenizer, record: Record, style: str, prefill: str = "") -> str:
     optional prefill.
     """
     laid_out = messages(record, style)
-    return (
-        tokenizer.apply_chat_template(laid_out, tokenize=False, add_generation_prompt=True)
-        + prefill
-    )
+    text = tokenizer.apply_chat_template(laid_out, tokenize=False, add_generation_prompt=True)
+    return text + prefill
 
 
 def published_text(record: Record, style: str) -> str:
@@ -291,4 +289,4 @@ def published_text(record: Record, style: str) -> str:
 
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids without added special tokens (the chat template has written them already)."""
-    return [ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]

@@ -18,7 +18,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -135,23 +134,13 @@ def lenient(response: str, tool_names: Sequence[str]) -> Lenient:
 # strict
 
 
-@dataclass(frozen=True, slots=True)
-class Strict:
-    """What of the gold answer the response's first tool-call block gets right.
-
-    `name`, `keys` and the two `values_*` are judged one by one, so that a failure can be placed;
-    each needs as many calls as the gold has. All are False where the gold has no call.
-    """
+class Strict(NamedTuple):
+    """What of the gold answer the response's first tool-call block gets right."""
 
     called: bool  # `<tool_call>` occurs, complete or not
-    parses: bool  # the first block is complete and each of its lines is a call
-    name: bool  # the called names are the gold's, in order
-    keys: bool  # every call has exactly the gold's parameter names
-    values_exact: bool  # every gold parameter is there with the same JSON value, type included
-    values_normalised: bool  # the same, forgiving what `strict` says
-    correct: bool  # name, keys and values_exact; without a gold call: irrelevance_correct
-    correct_normalised: bool  # name, keys and values_normalised; likewise
-    irrelevance_correct: bool | None  # no call where the gold has none; None where it has one
+    name: bool  # the called names are the gold's, in order; False where the gold has no call
+    correct: bool  # names, parameter names and values are the gold's; without a gold call: silence
+    correct_normalised: bool  # the same, forgiving what `strict` says of values
 
 
 def strict(response: str, gold: str) -> Strict:
@@ -173,34 +162,19 @@ def strict(response: str, gold: str) -> Strict:
     """
     called, made = _OPEN in response, calls(response)
     if not gold_has_call(gold):
-        silent = not called
-        return Strict(called, bool(made), False, False, False, False, silent, silent, silent)
+        return Strict(called, False, not called, not called)
     wanted = calls(gold)
     if not wanted:
         raise ValueError(f"the gold answer has no well-formed <tool_call> block: {gold!r}")
-    pairs = list(zip(wanted, made, strict=True)) if len(wanted) == len(made) else []
+    name = [call["name"] for call in wanted] == [call["name"] for call in made]
 
-    def values(normalised: bool) -> bool:
-        return bool(pairs) and all(
-            key in m["parameters"] and _equal(value, m["parameters"][key], normalised)
-            for w, m in pairs
-            for key, value in w["parameters"].items()
+    def correct(normalised: bool) -> bool:
+        return name and all(
+            _equal(w["parameters"], m["parameters"], normalised)
+            for w, m in zip(wanted, made, strict=True)
         )
 
-    name = bool(pairs) and all(w["name"] == m["name"] for w, m in pairs)
-    keys = bool(pairs) and all(w["parameters"].keys() == m["parameters"].keys() for w, m in pairs)
-    exact, normalised = values(normalised=False), values(normalised=True)
-    return Strict(
-        called=called,
-        parses=bool(made),
-        name=name,
-        keys=keys,
-        values_exact=exact,
-        values_normalised=normalised,
-        correct=name and keys and exact,
-        correct_normalised=name and keys and normalised,
-        irrelevance_correct=None,
-    )
+    return Strict(called, name, correct(normalised=False), correct(normalised=True))
 
 
 def _equal(wanted: Any, made: Any, normalised: bool) -> bool:
@@ -236,15 +210,10 @@ def _plain(text: str) -> str:
 
 
 class Reward(NamedTuple):
-    """ToolRL's two rewards for one response; a plain pair with a `total`."""
+    """ToolRL's two rewards for one response; GRPO is given their sum, in [-3, 4]."""
 
     format: float  # 0 or 1
     correctness: float  # in [-3, 3]
-
-    @property
-    def total(self) -> float:
-        """Their sum, in [-3, 4]: what GRPO is given."""
-        return self.format + self.correctness
 
 
 # (gold has a call, gold has a response) -> the whole answer's layout, and the tags that must occur

@@ -50,7 +50,7 @@ def example_table(features: Mapping[str, Sequence[Example]]) -> str:
     rows = []
     for heading, shown in features.items():
         rows.append(f"<tr><th {left} colspan=2>{html.escape(heading)}</th></tr>")
-        largest = max((max(e.activations) for e in shown), default=1.0)
+        largest = max((max(e.activations) for e in shown), default=0.0) or 1.0
         for e in shown:
             pairs = zip(e.tokens, e.activations, strict=True)
             text = "".join(_dressed(token, a / largest) for token, a in pairs)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import iterate_batches
-from dfc_lib.crosscoder.training import ActivationSource, AnyActivations
+from dfc_lib.crosscoder.batches import ActivationSource, AnyActivations
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -32,3 +32,13 @@ def bars(
     """As :func:`points`, lying down: one line per row, ``y`` says where."""
     options = {"fmt": "o", "ms": 4, "lw": 1.3} | options
     ax.errorbar(part[middle], y, xerr=whiskers(part, middle), **options)
+
+
+def level(ax: "Axes", value: float = 0.0, *, upright: bool = False, **options: Any) -> None:
+    """A thin line across all of a panel at what the marks are compared with: dotted, grey.
+
+    Args:
+        upright: on the x axis, for a panel of :func:`bars`.
+    """
+    line = ax.axvline if upright else ax.axhline
+    line(value, **({"color": "0.4", "ls": ":", "lw": 1} | options))

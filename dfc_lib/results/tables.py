@@ -1,6 +1,6 @@
 """From outcomes (one line per prompt and cell) to the lines of a figure's table."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,35 @@ from dfc_lib.results import statistics
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import ArrayLike
+
+
+def where(table: "pd.DataFrame", **values: Hashable) -> "pd.DataFrame":
+    """The lines whose columns hold these values.
+
+    Raises:
+        ValueError: there are none; the message says what the columns hold.
+    """
+    found = table
+    for column, value in values.items():
+        found = found[found[column] == value]
+    if found.empty:
+        held = "; ".join(
+            f"{column}: {sorted(map(str, table[column].unique()))}" for column in values
+        )
+        raise ValueError(f"no line with {values}; the table holds {held}")
+    return found
+
+
+def only(table: "pd.DataFrame", **values: Hashable) -> "pd.Series":
+    """The one line whose columns hold these values.
+
+    Raises:
+        ValueError: there is none, or there are more.
+    """
+    found = where(table, **values)
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} lines with {values}, expected one")
+    return found.iloc[0]
 
 
 def paired_table(
@@ -39,23 +68,27 @@ def paired_table(
         ``levels``, ``metric``, ``mean``, ``gain`` (mean difference from ``before``) with its
         bootstrap interval ``low``, ``high``, ``n`` prompts, of these ``rescued`` (higher than
         before) and ``broken`` (lower), and ``means``; in the order of ``frame``, metrics outermost.
+
+    Raises:
+        ValueError: no line of ``frame`` is called ``before``.
     """
     import pandas as pd
 
     levels = [levels] if isinstance(levels, str) else list(levels)
-    alone = frame[frame[levels[0]] == before].groupby("prompt")
+    alone = where(frame, **{levels[0]: before}).groupby("prompt")
+    cells = frame.groupby(levels, sort=False, dropna=False)
+    added = cells[list(means)].mean().to_dict("records")
     rows = []
     for metric in metrics:
         start = alone[metric].mean()
-        for name, part in frame.groupby(levels, sort=False, dropna=False):
+        for (name, part), sizes in zip(cells, added, strict=True):
             if name[0] == before:
                 continue
             end = part.groupby("prompt")[metric].mean().loc[start.index]
             d = statistics.paired_difference(start, end, seed=seed, n_bootstrap=n_bootstrap)
             row = dict(zip(levels, name, strict=True)) | {"metric": metric, "mean": end.mean()}
             row |= {"gain": d.mean, "low": d.bootstrap_low, "high": d.bootstrap_high, "n": d.n}
-            row |= {"rescued": d.n_rescued, "broken": d.n_broken}
-            rows.append(row | {column: part[column].mean() for column in means})
+            rows.append(row | {"rescued": d.n_rescued, "broken": d.n_broken} | sizes)
     return pd.DataFrame(rows)
 
 
@@ -79,9 +112,4 @@ def rate_row(outcomes: "ArrayLike", exact: bool = False) -> dict[str, float]:
     interval = (statistics.exact_binomial if exact else statistics.wilson)(
         int(outcomes.sum()), len(outcomes)
     )
-    return {
-        "estimate": float(outcomes.mean()),
-        "low": interval.low,
-        "high": interval.high,
-        "n": len(outcomes),
-    }
+    return interval._asdict() | {"n": len(outcomes)}

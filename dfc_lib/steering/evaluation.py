@@ -6,6 +6,7 @@ exceeds the best other token. It is continuous where the rates are binary.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dfc_lib.data import prompts, scoring
 from dfc_lib.data.prompts import Record
-from dfc_lib.steering import generation
+from dfc_lib.steering import generation, sampling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +109,7 @@ def evaluate(
     else:
         texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
     ids = prompts.encode(tokenizer, texts)
-    sampled, logits = generation.sample(
+    sampled, logits = sampling.sample(
         model,
         ids,
         eos=end_tokens(model, tokenizer),
@@ -166,17 +167,20 @@ def intervene(
         `delta` (||delta|| / ||h||), `response`, `margin`, and the columns of `score`.
 
     Raises:
-        ValueError: there are no records, or a name has more values than there are levels.
+        ValueError: there are no records, a name has more values than there are levels, or a level
+            is called as another column.
     """
     import pandas as pd
 
     if not records:
         raise ValueError("records is empty; there is nothing to generate")
+    columns = ["prompt", *levels, "delta", "response", "margin", *score(records[0], "")]
+    if twice := sorted({column for column in columns if columns.count(column) > 1}):
+        raise ValueError(f"levels {tuple(levels)}: there would be two columns {', '.join(twice)}")
     named = {name: name if isinstance(name, tuple) else (name,) for name in interventions}
     for name in named.values():
         if len(name) > len(levels):
             raise ValueError(f"cell {name} has more values than the levels {tuple(levels)}")
-    named = {name: values + (None,) * (len(levels) - len(values)) for name, values in named.items()}
     texts = [prompts.chat_text(pair.tokenizer, r, style, prefill) for r in records]
     generated = generation.generate(
         pair,
@@ -198,9 +202,8 @@ def intervene(
         response = prefill + pair.tokenizer.decode(row.tokens)
         rows.append(
             {"prompt": row.prompt}
-            | dict(zip(levels, named[row.cell], strict=True))
-            | {"delta": row.delta}
-            | {"response": response, "margin": m}
+            | dict(zip_longest(levels, named[row.cell]))
+            | {"delta": row.delta, "response": response, "margin": m}
             | score(records[row.prompt], response)
         )
     return pd.DataFrame(rows)

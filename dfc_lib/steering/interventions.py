@@ -15,7 +15,6 @@ one can be looked at without running a model::
 ``ReconstructionPlusError``  the same plus what it leaves out: equals clean, a check on the plumbing
 ``Steer``                   h + (alpha - 1) sum_i f_i d_i   (alpha = 1 no-op, alpha = 0 ablation)
 ``Clamp``                   h + sum_i (c - f_i) d_i         (works also where f_i = 0)
-``ScaleBeforeTopK``         the same as Steer, but before the top-k, which then selects anew
 ``Patch``                   a fixed vector instead of h: the tool mean, the neutral mean
 ``AddVector``               h + alpha v: the difference in means
 ``OtherModel``              another model's activation on the same tokens
@@ -31,17 +30,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
+import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dfc_lib.data.pair import fingerprint
+from dfc_lib.provenance import code_text
 
 if TYPE_CHECKING:
     from dfc_lib.crosscoder.model import Crosscoder
@@ -196,6 +199,18 @@ def apply(
     return new, (new - site.own).norm(dim=-1) / site.own.norm(dim=-1).clamp_min(1e-30)
 
 
+def apply_where(
+    acted: Bool[Tensor, "prompt token"], intervention: Intervention, site: Site
+) -> tuple[Float[Tensor, "prompt token d_model"], Float[Tensor, " prompt"]]:
+    """The target's new activations where ``acted``, the old ones elsewhere, and the mean ||delta||
+    / ||h|| over the former. ``site`` holds all tokens of all prompts as one batch.
+    """
+    new, ratio = apply(intervention, site)
+    new = torch.where(acted.reshape(-1, 1), new, site.own).view(*acted.shape, -1)
+    ratio = torch.where(acted, ratio.view(acted.shape), 0.0).sum(1)
+    return new, ratio / acted.sum(1).clamp_min(1)
+
+
 @dataclass(frozen=True, eq=False)
 class Clean(Intervention):
     """Nothing is changed."""
@@ -260,11 +275,6 @@ class Steer(_Coded):
         return (self.alpha - 1.0) * f @ self.codec.rows(self.features, site.target, self.rows_of)
 
 
-def ablate(codec: Codec, features: Sequence[int]) -> Steer:
-    """Take what ``features`` write out of the target: Steer with alpha = 0."""
-    return Steer(codec, tuple(features), 0.0)
-
-
 @dataclass(frozen=True, eq=False)
 class Clamp(_Coded):
     """Set each of ``features`` to ``value`` (in units of the code): h + sum (value - f_i) s_m d_i.
@@ -280,27 +290,6 @@ class Clamp(_Coded):
     def delta(self, site: Site) -> Tensor:
         f = site.code(self.codec)[:, list(self.features)]
         return (self.value - f) @ self.codec.rows(self.features, site.target, self.rows_of)
-
-
-@dataclass(frozen=True, eq=False)
-class ScaleBeforeTopK(_Coded):
-    """Scale the pre-activations of ``features`` by ``alpha``, select anew, add the change.
-
-    h + decode(f') - decode(f): scaled up, features that had lost the top-k may enter it and push
-    others out.
-    """
-
-    codec: Codec
-    features: tuple[int, ...]
-    alpha: float
-
-    def delta(self, site: Site) -> Tensor:
-        pre = self.codec.preactivations(site.h, site.target).clone()
-        before = self.codec.select(pre)
-        pre[:, list(self.features)] *= self.alpha
-        after = self.codec.select(pre)
-        decode = self.codec.decode
-        return decode(after, site.target) - decode(before, site.target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,7 +433,8 @@ class RandomFeatures(_Coded):
 def key(value: Any, _seen: dict[int, str] | None = None) -> str:
     """16 hex digits that name an intervention by its content: kind, parameters, weights, vectors.
 
-    Finished cells of a grid are found again by it.
+    A kind that is defined elsewhere, in a notebook say, counts by its source code (comments and
+    docstrings left out); functions and globals that this uses do not count.
     """
     seen = {} if _seen is None else _seen
     return hashlib.sha256(_content(value, seen).encode()).hexdigest()[:16]
@@ -462,11 +452,32 @@ def _content(value: Any, seen: dict[int, str]) -> str:
     if isinstance(value, Tensor):
         digest = hashlib.sha256(value.detach().cpu().double().contiguous().numpy().tobytes())
         return f"{tuple(value.shape)}{digest.hexdigest()}"
-    if dataclasses.is_dataclass(value):
-        fields = (
-            f"{f.name}={_content(getattr(value, f.name), seen)}" for f in dataclasses.fields(value)
-        )
-        return f"{type(value).__name__}({','.join(fields)})"
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, Intervention | Codec):
+        is_dataclass = dataclasses.is_dataclass(value)
+        names = [f.name for f in dataclasses.fields(value)] if is_dataclass else sorted(vars(value))
+        fields = ",".join(f"{name}={_content(getattr(value, name), seen)}" for name in names)
+        elsewhere = [kind for kind in type(value).__mro__[:-1] if kind.__module__ != __name__]
+        return f"{type(value).__name__}({fields}){''.join(map(_source, elsewhere))}"
+    if isinstance(value, tuple | list):
         return f"[{','.join(_content(v, seen) for v in value)}]"
     return repr(value)
+
+
+def _source(kind: type) -> str:
+    """A class's code; in Jupyter, where only functions know theirs, that of its members."""
+    try:
+        return _code(kind)
+    except (OSError, TypeError):
+        texts = []
+        for name, value in vars(kind).items():
+            value = getattr(value, "fget", value)  # of a property
+            if inspect.isfunction(value):
+                with suppress(OSError):  # dataclass writes methods that have no source
+                    texts.append(_code(value))
+            elif isinstance(value, bool | int | float | str) and not name.startswith("__"):
+                texts.append(f"{name}={value!r}")
+        return "".join(texts)
+
+
+def _code(thing: Any) -> str:
+    return code_text(textwrap.dedent(inspect.getsource(thing)))

@@ -1,0 +1,118 @@
+"""The loss: reconstruction, sparsity penalties, and help for dead features.
+
+``mse + shared_coef * l1_shared + exclusive_coef * l1_exclusive + aux_coef * aux``; all means are
+over all elements, in normalised units (raw for the identity normaliser):
+
+- ``mse``: mean of ``(z^ - z)**2`` over batch, models and dimensions.
+- ``published`` (arXiv 2606.26474 and its code): ``l1_shared`` is the mean of the shared features,
+  ``l1_exclusive`` the average over models of the mean of *all* features that the model has, so that
+  shared features are penalised in both.
+- ``exclusive_only``: ``l1_exclusive`` is the mean over the features that do not belong to every
+  model. In both terms a feature counts ``f_i * sum_m ||W_dec[i, m]||``, so that a growing decoder
+  cannot dodge the penalty.
+- ``aux``: mean squared error of reconstructing the residual from the ``2 * k`` strongest dead
+  features (arXiv 2406.04093, A.2). No such term in ``published``.
+"""
+
+from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dfc_lib.crosscoder import kernels
+from dfc_lib.crosscoder.partition import Block
+
+if TYPE_CHECKING:
+    from dfc_lib.crosscoder.model import Crosscoder, Forward
+
+Variant = Literal["published", "exclusive_only"]
+VARIANTS = get_args(Variant)
+Scalar = Float[Tensor, ""]
+
+
+def penalty(variant: Variant) -> ModuleType:
+    """What sets a variant apart; one module each, so that an edit of one retrains its own alone.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown; use one of {VARIANTS}")
+    return import_module(f"{__package__}.penalty_{variant}")
+
+
+def terms(
+    crosscoder: "Crosscoder",
+    forward: "Forward",
+    variant: Variant,
+    dead: Bool[Tensor, " d_dict"] | None = None,
+    *,
+    in_place: bool = False,
+    skip: Iterable[str] = (),
+) -> dict[str, Scalar]:
+    """The terms of a forward pass, before weighting.
+
+    Args:
+        dead: the features that have not fired for long; None: no auxiliary loss.
+        in_place: as in ``Crosscoder.forward_sparse``.
+        skip: terms that stay 0 (saves time).
+    """
+    penalised, partition = penalty(variant), crosscoder.partition
+    groups = {
+        "l1_shared": [partition.shared_blocks],
+        "l1_exclusive": penalised.exclusive_groups(partition),
+    }
+    found = {"mse": F.mse_loss(forward.reconstruction, forward.z)}
+    for name, of in groups.items():
+        means = [
+            _mean_activation(crosscoder, forward, blocks, penalised.weight, in_place)
+            for blocks in ([] if name in skip else of)
+        ]
+        found[name] = sum(means, forward.z.new_zeros(())) / max(1, len(means))
+    found["aux"] = forward.z.new_zeros(())
+    if dead is not None and penalised.AUXILIARY and "aux" not in skip:
+        found["aux"] = _auxiliary(crosscoder, forward, dead, in_place)
+    return found
+
+
+def weigh(
+    terms: dict[str, Scalar], shared_coef: float, exclusive_coef: float, aux_coef: float
+) -> Scalar:
+    """The total loss from its terms."""
+    penalties = shared_coef * terms["l1_shared"] + exclusive_coef * terms["l1_exclusive"]
+    return terms["mse"] + penalties + aux_coef * terms["aux"]
+
+
+def _mean_activation(
+    crosscoder: "Crosscoder", forward: "Forward", blocks: list[Block], weight_of, in_place: bool
+) -> Scalar:
+    """Mean over batch and features of the (weighted) activations of some blocks."""
+    weight = forward.z.new_zeros(crosscoder.d_dict)
+    for block in blocks:
+        features = crosscoder.partition.slices[block.name]
+        weight[features] = weight_of(crosscoder, features, in_place)
+    total = (forward.activations * weight[forward.pattern.feature]).sum()
+    return total / max(1, len(forward.z) * sum(block.size for block in blocks))
+
+
+def _auxiliary(
+    crosscoder: "Crosscoder", forward: "Forward", dead: Tensor, in_place: bool
+) -> Scalar:
+    candidates = dead.nonzero().squeeze(-1)
+    if candidates.numel() == 0:
+        return forward.z.new_zeros(())
+    wanted = 2 * crosscoder.cfg.k
+    chosen = kernels.top_k(forward.preactivations[:, candidates], min(wanted, candidates.numel()))
+    pattern = kernels.Pattern(chosen.starts, candidates[chosen.feature], crosscoder.d_dict)
+    W_enc, W_dec, enc_buffer, dec_buffer = crosscoder.weights(in_place)
+    values = kernels.sparse_encode(
+        forward.z, W_enc, crosscoder.b_enc, forward.preactivations, pattern, enc_buffer
+    )
+    explained = kernels.sparse_decode(values.relu(), W_dec, pattern, dec_buffer)
+    residual = (forward.z - forward.reconstruction).detach()
+    # A few dead features cannot explain much of the residual: pull at them more gently.
+    return F.mse_loss(explained, residual) * min(candidates.numel() / wanted, 1.0)

@@ -1,0 +1,249 @@
+"""Decoding, what a model says when it is left alone, and how it predicts given text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dfc_lib.data.pair import Pair, in_chunks
+from dfc_lib.steering.interventions import Clean, Intervention, Site, apply_where
+from dfc_lib.steering.prefix import (
+    POSITIONS,
+    Prefix,
+    Stream,
+    acted_on,
+    keys_values,
+    longest_first,
+    padded,
+    shared_prefix_attention,
+    to_site,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import DynamicCache
+
+
+def ends_of(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
+    """``eos`` as a list; where it is None, the model's own end tokens."""
+    if eos is None:
+        eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def progress_bar(total: int, unit: str, progress: bool):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit=" " + unit, disable=not progress, dynamic_ncols=True)
+
+
+@dataclass
+class Rows:
+    """Rows about to decode, and what reading their prompts left behind.
+
+    Attributes:
+        logits: of the first new tokens.
+        lengths: of the prompts.
+        suffix: keys and values of the rows' own tokens.
+        prefixes: by block, those of the prompts.
+        patch: ``patch(hidden, tokens, positions, rows)`` changes the residual at the site at each
+            step.
+        followers: further caches that ended rows must leave.
+    """
+
+    logits: Float[Tensor, "row vocab"]
+    lengths: Int[Tensor, " row"]
+    suffix: DynamicCache
+    prefixes: dict[int, Prefix]
+    patch: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    followers: Sequence[DynamicCache | Prefix] = ()
+
+
+def greedy(logits: Tensor, _rows: Tensor, _step: int) -> Tensor:
+    return logits.argmax(-1)
+
+
+def rollout(
+    stream: Stream,
+    start: Rows,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    choose: Callable[[Tensor, Tensor, int], Tensor] = greedy,
+) -> list[tuple[list[int], bool]]:
+    """Decode all rows; per row its tokens (no end token), and whether it reached an end.
+
+    ``choose(logits, rows, step)`` picks tokens. A row that has ended leaves the batch.
+    """
+    logits, lengths, suffix, prefixes = start.logits, start.lengths, start.suffix, start.prefixes
+    caches = [suffix, *set(prefixes.values()), *start.followers]
+    rows = torch.arange(len(logits), device=logits.device)
+    end = torch.tensor(list(ends), dtype=torch.long, device=logits.device)
+    tokens_of: list[list[int]] = [[] for _ in rows]
+    finished = [False] * len(rows)
+    for step in range(max_new_tokens):
+        tokens = choose(logits, rows, step)
+        ended = torch.isin(tokens, end)
+        for row, token, last in zip(rows.tolist(), tokens.tolist(), ended.tolist(), strict=True):
+            if last:
+                finished[row] = True
+            else:
+                tokens_of[row].append(token)
+        kept = (~ended).nonzero()[:, 0]
+        if step == max_new_tokens - 1 or len(kept) == 0:
+            break
+        if len(kept) < len(rows):
+            rows, tokens, lengths = rows[kept], tokens[kept], lengths[kept]
+            for cache in caches:
+                cache.batch_select_indices(kept)
+        positions = (lengths + step)[:, None]
+        hidden = stream.embed(tokens[:, None])
+        hidden = stream.blocks(stream.lower, hidden, positions, suffix, prefixes)
+        if start.patch is not None:
+            hidden = start.patch(hidden, tokens, positions, rows)
+        hidden = stream.blocks(stream.upper, hidden, positions, suffix, prefixes)
+        logits = stream.logits(hidden[:, 0])
+    return list(zip(tokens_of, finished, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# plain sampling, for measuring models
+
+
+class Samples(NamedTuple):
+    """Continuations without the end token, ``tokens[prompt][sample]``, and what the first tokens
+    were drawn from, float32 on the CPU.
+    """
+
+    tokens: list[list[list[int]]]
+    first_logits: Float[Tensor, "prompt vocab"]
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+    n: int = 1,
+    seed: int = 0,
+    max_new_tokens: int = 128,
+    eos: int | Sequence[int] | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Samples:
+    """``n`` continuations of each prompt (token ids).
+
+    ``temperature=0`` is greedy (then ``n`` must be 1). ``eos`` defaults to the model's own end
+    tokens. A sample depends on ``seed`` and on its place in the list, not on ``batch_size``: each
+    token inverts the cumulative distribution at a uniform number drawn beforehand.
+    """
+    from transformers import DynamicCache
+
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or above.")
+    if n < 1 or (temperature == 0 and n != 1):
+        raise ValueError(f"n={n}: must be 1 or above, and 1 where temperature=0 (greedy).")
+    order, stream, ends = longest_first(model, prompts), Stream(model), ends_of(model, eos)
+    draws = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(prompts), n, max_new_tokens, generator=draws, dtype=torch.float64)
+    out: list[list[list[int]]] = [[] for _ in prompts]
+    first = torch.empty(len(prompts), model.lm_head.weight.shape[0])
+
+    def work(items: list[int], _size: int) -> int:
+        ids, at, lengths = padded([prompts[i] for i in items], stream.device)
+        read = DynamicCache()
+        hidden = stream.blocks(stream.lower, stream.embed(ids), at, read)
+        row = torch.arange(len(items), device=stream.device)
+        logits, group = stream.logits(hidden[row, lengths - 1]), row.repeat_interleave(n)
+        first[items] = logits.cpu()
+        prefixes = dict.fromkeys(stream.lower, Prefix(keys_values(read), lengths, group))
+        u = uniform[items].flatten(0, 1).to(stream.device)  # (row, step)
+
+        def draw(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+            cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+            point = u[rows, step, None] * cumulative[:, -1:]
+            return torch.searchsorted(cumulative, point, right=True)[:, 0]
+
+        start = Rows(logits[group], lengths[group], DynamicCache(), prefixes)
+        rolled = rollout(stream, start, ends, max_new_tokens, draw if temperature else greedy)
+        for i, (tokens, _finished) in zip(group.tolist(), rolled, strict=True):
+            out[items[i]].append(tokens)
+        return len(items)
+
+    with shared_prefix_attention([model]), progress_bar(len(prompts), "prompts", progress) as bar:
+        for done in in_chunks(order, lambda _: n, batch_size, work):
+            bar.update(done)
+    return Samples(out, first)
+
+
+# ---------------------------------------------------------------------------------------------
+# given text
+
+
+@torch.no_grad()
+def score(
+    pair: Pair,
+    target: str,
+    texts: Sequence[Sequence[int]],
+    interventions: Mapping[str, Intervention],
+    *,
+    position: Literal["every", "every_but_first"] = "every_but_first",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What interventions do to the prediction of given texts (token ids), at every token of them.
+
+    Returns one line per (text, cell): ``text`` (index), ``cell``, ``n`` tokens predicted (all but
+    the first), ``nll`` (mean negative log-likelihood in nats, so perplexity is its exponential over
+    all tokens), ``kl`` (mean KL(clean || cell) in nats), ``delta`` (mean ||delta|| / ||h||).
+    """
+    import pandas as pd
+
+    if position not in POSITIONS[1:]:
+        raise ValueError(f"position={position!r}: one of {', '.join(POSITIONS[1:])}.")
+    for i, text in enumerate(texts):
+        if len(text) < 2:
+            raise ValueError(f"texts[{i}] has {len(text)} tokens; scoring needs at least 2.")
+    t, models = pair.index(target), list(pair.models.values())
+    others = any(cell.reads_others for cell in interventions.values())
+    streams, runs = (
+        [Stream(m, pair.layer) for m in models],
+        [m == t or others for m in range(len(models))],
+    )
+    order, stream, rows = longest_first(models[t], texts), streams[t], {}
+
+    def work(items: list[int], _size: int) -> int:
+        ids, at, lengths = padded([texts[i] for i in items], stream.device)
+        hidden, _ = to_site(streams, runs, ids, at)
+        site, acted = Site(hidden.flatten(0, 1).float(), t), acted_on(at, lengths, position)
+        real, n = at[:, 1:] < lengths[:, None], lengths - 1
+
+        def logprobs(cell: Intervention) -> tuple[Tensor, Tensor]:
+            new, ratio = apply_where(acted, cell, site)
+            last = stream.blocks(stream.upper, new.to(stream.dtype), at, None)
+            return stream.logits(last[:, :-1]).log_softmax(-1), ratio
+
+        clean, _ = logprobs(Clean())
+        for name, cell in interventions.items():
+            found, ratio = logprobs(cell)
+            nll = -found.gather(2, ids[:, 1:, None])[..., 0]
+            kl = (clean.exp() * (clean - found)).sum(-1)
+            means = [(torch.where(real, x, 0.0).sum(1) / n).tolist() for x in (nll, kl)]
+            for i, *values in zip(items, n.tolist(), *means, ratio.tolist(), strict=True):
+                rows[i, name] = dict(zip(("n", "nll", "kl", "delta"), values, strict=True))
+        return len(items)
+
+    with shared_prefix_attention(models), progress_bar(len(texts), "texts", progress) as bar:
+        for done in in_chunks(order, lambda _: 1, batch_size, work):
+            bar.update(done)
+    return pd.DataFrame(
+        {"text": i, "cell": name, **rows[i, name]}
+        for i in range(len(texts))
+        for name in interventions
+    )
