@@ -33,8 +33,8 @@ from dfc_lib.data.pair import fingerprint
 from dfc_lib.data.prompts import Record
 from dfc_lib.profiles import Profile
 from dfc_lib.steering import interventions
-from dfc_lib.steering.prefix import PrefixCache
 from dfc_lib.steering.interventions import Codec, Intervention, Reconstruction, Site
+from dfc_lib.steering.prefix import PrefixCache
 from dfc_lib.study import Study
 
 PUBLISHED = {"d_model": 2_048, "k": 90, "steps": 9_000, "batch": 1_024, "vectors": 80_000}
