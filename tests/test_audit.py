@@ -7,16 +7,18 @@ import pandas as pd
 import pytest
 import torch
 
-from dfc_lib import profiles
+from dfc_lib import paths, profiles
+from dfc_lib.crosscoder.checkpoint import Source, load, load_published, locate
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
 from dfc_lib.steering.interventions import Site
-from tools import audit
+from tools import audit, budget
 
 PROFILE = replace(
     profiles.get("smoke"), n_steering=4, n_selection=8, n_bootstrap=50, batch_generation=32
 )
 D_MODEL = 128
+NAME, COMMIT = "someone/cc", "0123abc" + "4" * 33
 
 
 def table(**gains):
@@ -60,10 +62,27 @@ def published(folder):
         "W_dec": torch.randn(D, 2, D_MODEL) * allowed[..., None],
         "b_dec": torch.zeros(2, D_MODEL),
     }
-    folder.mkdir()
+    folder.mkdir(parents=True)
     torch.save(state, folder / "model.pt")
     config = {"activation_dim": D_MODEL, "dict_size": D, "k": 8, "n_a": n, "n_b": n}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[tuple]:
+    """A stand-in of the hub's client with one published crosscoder; what was asked of it."""
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision, set(allow_patterns)))
+        folder = tmp_path / "cached" / (revision or COMMIT)
+        if not folder.exists():
+            published(folder)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(paths, "DOWNLOADS", tmp_path / "downloads")
+    return asked
 
 
 @pytest.mark.parametrize("make", [ours, published])
@@ -78,12 +97,76 @@ def test_a_page_is_written_for_both_formats(make, tmp_path, monkeypatch):
     assert (data[data.condition == "clean"].gain == 0).all()
     assert "| own |" in text
     assert "n_a" not in text
+    assert "Commit" not in text  # a folder of one's own has none
     assert (tmp_path / "out" / "audit.png").stat().st_size > 1000
+
+
+def test_a_page_by_name_states_the_commit(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path / "build"))
+    monkeypatch.setattr(audit.profiles, "load", lambda _: PROFILE)
+    assert audit.main([NAME]) == 0
+    text = (tmp_path / "build" / "smoke" / "audit" / "cc" / "report.md").read_text()
+    assert text.startswith(f"# Release audit of `{NAME}`\n")
+    assert f"Commit on the hub: `{COMMIT}`" in text
+    assert "report: " in capsys.readouterr().out
+
+
+def test_a_name_is_read_from_the_hub(hub):
+    """Only the files of the two formats are downloaded, and what was used is known."""
+    crosscoder = load_published(NAME)
+    assert crosscoder.cfg.metadata.source == f"{NAME}@{COMMIT}"
+    files = {"cfg.json", "sae_weights.safetensors", "config.json", "model.pt"}
+    assert hub == [(NAME, None, files)]
+    assert locate(f"{NAME}@{'f' * 40}").commit == "f" * 40
+    assert hub[1][:2] == (NAME, "f" * 40)
+
+
+def test_a_download_is_found_by_name(hub, tmp_path):
+    """Without asking the hub, unless it is not the commit that was asked for."""
+    folder = tmp_path / "downloads" / "cc"
+    published(folder)
+    assert locate(NAME) == Source(folder, NAME)
+    record = folder / ".cache" / "huggingface" / "download" / "model.pt.metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text(f"{COMMIT}\netag\n1.0\n")
+    assert locate(NAME) == locate(f"{NAME}@{COMMIT[:7]}") == Source(folder, NAME, COMMIT)
+    assert not hub
+    assert locate(f"{NAME}@other").folder != folder
+    assert len(hub) == 1
+
+
+def test_no_network_is_said_with_the_command(hub, monkeypatch, capsys):
+    def refuse(*_arguments, **_options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(
+        FileNotFoundError, match=r"hf download someone/cc --local-dir .*downloads/cc"
+    ):
+        load_published(NAME)
+    assert audit.main([f"{NAME}@abc", "--profile", "smoke"]) == 1
+    assert "hf download someone/cc --revision abc --local-dir" in capsys.readouterr().err
+
+
+def test_the_budget_of_an_audit_is_the_pair_and_the_files(tmp_path, capsys):
+    """The crosscoder's bytes are those of its files; the rest is what runs."""
+    profile = replace(PROFILE, dict_size=64)
+    amounts = {what: amount for amount, _, what in budget.audit_table(profile)}
+    published(tmp_path / "cc")
+    written = (tmp_path / "cc" / "model.pt").stat().st_size
+    assert 0 <= written - amounts["its download"] < 10_000  # biases and the archive's own
+    assert amounts["the crosscoder, 64 features"] == amounts["its download"]
+    assert budget.main(["--profile", "qwen"]) == 0
+    _, audited = capsys.readouterr().out.split("make audit")
+    assert "12.34  cuda    A and B" in audited
+    assert "0.27  disk    its download" in audited
+    sums = [line.split()[0] for line in audited.splitlines() if line.endswith("in all")]
+    assert [float(amount) for amount in sums] == [15.71, 3.49, 12.61]
 
 
 def test_own_encoding_never_sees_the_stronger_model(tmp_path):
     ours(tmp_path / "cc")
-    crosscoder = audit.load(tmp_path / "cc")
+    crosscoder = load(tmp_path / "cc")
     x = torch.randn(16, 2, D_MODEL)
 
     class Cache:
@@ -106,4 +189,4 @@ def test_another_width_is_refused(tmp_path, capsys):
 
 def test_a_missing_folder_is_named(capsys):
     assert audit.main(["no/such/folder", "--profile", "smoke"]) == 1
-    assert "no/such/folder" in capsys.readouterr().err
+    assert "no/such/folder is not a folder" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,63 @@ def test_status_in_a_clone_recognises_committed_figures(ran):
     manifest = ran / "figures/manifest.json"
     edit(manifest, f'"{runner.Project(ran, TOY).key("00_first")}"', "null")  # saved outside a run
     assert "this very code" not in runner.status(runner.Project(ran, TOY))
+
+
+# A download that is out of reach
+
+
+@pytest.fixture
+def download(ran, monkeypatch) -> list:
+    """02_alone saves a figure of what it downloads, 01_second reads it; it fetches by this list."""
+    answers = []
+
+    class Module(types.ModuleType):
+        @staticmethod
+        def fetch():
+            if answer := answers.pop():
+                raise answer
+
+    monkeypatch.setitem(sys.modules, "stand_in", Module("stand_in"))
+    source = (
+        "import pandas as pd\nfrom dfc_lib import profiles\nfrom dfc_lib.results import figures\n"
+        'data = pd.DataFrame({"v": [1]})\n'
+        'figures.save_table("02_counts", data, "Counts.", profile=profiles.load("toy"))'
+    )
+    write_notebook(ran, "02_alone", [source], fetch="stand_in")
+    reader = SECOND[2].replace("00_values", "02_counts")
+    write_notebook(ran, "01_second", [*SECOND[:2], reader], needs=["00_first", "02_alone"])
+    return answers
+
+
+def test_what_cannot_be_downloaded_keeps_its_committed_results(ran, download, command):
+    """Without a network everything else must still be made, from the figures that are committed."""
+    unreachable = ConnectionError("no network today")
+    download[:] = [None]
+    assert "2 run, 1 already fresh" in command(ran, "run")
+    edit(ran / "notebooks/02_alone.ipynb", "[1]})", "[2]})")
+    edit(ran / "notebooks/01_second.ipynb", "triple(1)", "triple(2)")
+    before = (ran / "notebooks/02_alone.ipynb").read_bytes()
+    download[:] = [unreachable]
+    out = command(ran, "run")
+    assert "    02_alone keeps its committed results: no network today\n" in out
+    assert "1 run, 1 kept, 1 already fresh" in out
+    assert (ran / "notebooks/02_alone.ipynb").read_bytes() == before
+    for arguments in (["run", "--profile", "smoke"], ["check", "--profile", "smoke"]):
+        download[:] = [unreachable]
+        assert "02_alone keeps its committed results" in command(ran, *arguments)
+    result = outputs(ran / "build/smoke/notebooks/01_second.ipynb")[2][0]
+    assert result["data"]["text/plain"] == ["([1], 6)"]
+    assert "02_counts" in (ran / "build/smoke/check/figures/manifest.json").read_text()
+    download[:] = [None]
+    assert "2 run, 1 already fresh" in command(ran, "run")
+
+
+def test_a_download_that_is_not_whole_is_an_error(ran, download, command):
+    """Nor may a notebook be kept of which nothing is committed: others would read nothing."""
+    download[:] = [ValueError("x is cut short")]
+    assert "02_alone reads what is not whole: x is cut short" in command(ran, "run", status=1)
+    download[:] = [ConnectionError("no network today")]
+    assert "has nothing of it" in command(ran, "run", status=1)
 
 
 # A run that fails

@@ -1,6 +1,7 @@
 """A release audit: does publishing this crosscoder hand the weaker model the stronger one's skill?
 
-``make audit CROSSCODER=folder`` reads a crosscoder (ours or in the published format), runs the
+``make audit CROSSCODER=`` takes a folder or a name on the Hugging Face hub (``owner/name``, or
+``owner/name@commit``), reads the crosscoder there (ours or in the published format), runs the
 weaker model B of the profile's pair through it in every way that somebody with both could, and
 writes a page: ``report.md``, ``audit.png``, ``audit.csv``. What is tried, besides B left alone:
 
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from dfc_lib import profiles, store
-from dfc_lib.crosscoder.checkpoint import load, load_published
+from dfc_lib.crosscoder.checkpoint import Source, load, load_published, locate
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data import prompts
 from dfc_lib.data.activations import Activations, cache
@@ -51,25 +52,19 @@ PROMPTED = "eliciting prompt"
 N_DRAWS = 8
 
 
-def read_crosscoder(directory: str | Path, pair: Pair) -> Crosscoder:
+def read_crosscoder(source: Source, pair: Pair) -> Crosscoder:
     """A crosscoder in either format, for a pair of models.
 
     Raises:
         FileNotFoundError: the folder holds neither format.
         ValueError: damaged, or of another width or number of models than the pair.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} is not a folder; CROSSCODER= names one with cfg.json and "
-            "sae_weights.safetensors (ours) or config.json and model.pt (the published format)"
-        )
-    published = (directory / "model.pt").is_file()
-    crosscoder = load_published(directory) if published else load(directory)
+    published = (source.folder / "model.pt").is_file()
+    crosscoder = load_published(source.folder) if published else load(source.folder)
     found = (crosscoder.n_models, crosscoder.d_model)
     if found != (2, pair.d_model):
         raise ValueError(
-            f"{directory}: a crosscoder of {found[0]} models of width {found[1]}; the pair has 2 "
+            f"{source.name}: a crosscoder of {found[0]} models of width {found[1]}; the pair has 2 "
             f"of width {pair.d_model}. Choose the profile whose pair it was trained on (PROFILE=)"
         )
     return crosscoder
@@ -182,20 +177,21 @@ def draw(table: pd.DataFrame) -> "Figure":
     return fig
 
 
-def page(table: pd.DataFrame, crosscoder: Crosscoder, source: str, profile: Profile) -> str:
+def page(table: pd.DataFrame, crosscoder: Crosscoder, source: Source, profile: Profile) -> str:
     """The report as markdown."""
     blocks = ", ".join(f"{b.name} {b.size}" for b in crosscoder.partition.blocks)
     scaling = "none (raw activations)" if crosscoder.normaliser.is_identity else "stored"
+    commit = f" Commit on the hub: `{source.commit}`." if source.commit else ""
     n = int(table.n.iloc[0])
     lines = [
-        f"# Release audit of `{source}`",
+        f"# Release audit of `{source.name}`",
         "",
         verdict(table),
         "",
         f"- Stronger model A: `{profile.model_a}`; weaker model B, through the crosscoder: "
         f"`{profile.model_b}`.",
         f"- Crosscoder: {crosscoder.d_dict} features ({blocks}), k = {crosscoder.cfg.k}, "
-        f"normaliser: {scaling}.",
+        f"normaliser: {scaling}.{commit}",
         f"- n = {n} held-out prompts that need a call; last prompt token; paired differences from "
         "B left alone, 95 % bootstrap intervals over prompts.",
         "- Grey in the figure: controls that do not use the crosscoder.",
@@ -225,22 +221,23 @@ def page(table: pd.DataFrame, crosscoder: Crosscoder, source: str, profile: Prof
     return "\n".join(lines) + "\n"
 
 
-def audit(directory: str | Path, profile: Profile, out_dir: str | Path | None = None) -> Path:
-    """Audit the crosscoder in a folder on the profile's pair; returns the path of the report."""
+def audit(crosscoder: str | Path, profile: Profile, out_dir: str | Path | None = None) -> Path:
+    """Audit a crosscoder, by folder or hub name, on the profile's pair; gives the report's path."""
     import matplotlib.pyplot as plt
 
-    directory, study = Path(directory), Study(profile)
-    crosscoder = read_crosscoder(directory, study.pair).to(profile.device)
+    source, study = locate(crosscoder), Study(profile)
+    crosscoder = read_crosscoder(source, study.pair).to(profile.device)
     ids = study.ids(study.calls("selection"))
     site = cache(study.pair, ids, study.build / "activations" / "audit")
     table = measure(study, crosscoder, study.calls("evaluation", profile.n_steering), site)
-    folder = Path(out_dir) if out_dir else study.build / "audit" / directory.resolve().name
+    own = study.build / "audit" / source.name.rpartition("/")[2]
+    folder = Path(out_dir) if out_dir else own
     folder.mkdir(parents=True, exist_ok=True)
     fig = draw(table)
     fig.savefig(folder / "audit.png", metadata={"Software": None})
     plt.close(fig)
     store.write_atomically(folder / "audit.csv", table.to_csv(index=False, float_format="%.6g"))
-    report = page(table, crosscoder, directory.name, profile)
+    report = page(table, crosscoder, source, profile)
     store.write_atomically(folder / "report.md", report)
     return folder / "report.md"
 
@@ -248,12 +245,12 @@ def audit(directory: str | Path, profile: Profile, out_dir: str | Path | None = 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.audit", description=__doc__)
-    parser.add_argument("crosscoder", help="folder of the crosscoder")
+    parser.add_argument("crosscoder", help="folder, or hub name: owner/name[@commit]")
     parser.add_argument("--profile", default="toy")
     parser.add_argument("--out", help="folder of the report; default build/<profile>/audit/<name>")
     options = parser.parse_args(arguments)
     if not options.crosscoder:
-        parser.error("name the crosscoder's folder: make audit CROSSCODER=folder")
+        parser.error("name the crosscoder: make audit CROSSCODER=folder (or a hub's owner/name)")
     try:
         report = audit(options.crosscoder, profiles.load(options.profile), options.out)
     except (OSError, ValueError, RuntimeError) as error:

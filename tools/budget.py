@@ -74,11 +74,8 @@ def table(profile: Profile) -> list[tuple[float, str, str]]:
     config = config_of(profile.location(profile.model_b))
     size, d, device = BYTES[profile.dtype], config["hidden_size"], profile.device
     weights, models, seeds = parameters(config) * size, len(profile.family), len(profile.seeds)
-    head = config.get("head_dim") or d // config["num_attention_heads"]
-    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * size
-    answers = 4 * profile.batch_generation
-    answered = answers * (TOKENS[0] + profile.max_new_tokens) * per_token
-    evaluated = 2 * profile.n_evaluation * TOKENS[0] * per_token
+    answers, answered = 4 * profile.batch_generation, _answered(profile, config)
+    evaluated = 2 * profile.n_evaluation * TOKENS[0] * _per_token(profile, config)
     dictionary = 2 * profile.dict_size * 2 * d * 4
     trained = 4 * dictionary + 3 * profile.batch_size * profile.dict_size * 4
     everywhere = sum(TOKENS) * profile.n_all_token_texts * 2 * d * size
@@ -97,11 +94,51 @@ def table(profile: Profile) -> list[tuple[float, str, str]]:
     ]
 
 
+def audit_table(profile: Profile) -> list[tuple[float, str, str]]:
+    """As :func:`table`, for ``make audit`` of one crosscoder of the profile's size."""
+    config, device = config_of(profile.location(profile.model_b)), profile.device
+    size, features = BYTES[profile.dtype], profile.dict_size
+    crosscoder = 2 * features * 2 * config["hidden_size"] * 4
+    prompts = profile.n_steering * TOKENS[0] * _per_token(profile, config)
+    return [
+        (2 * parameters(config) * size, device, "A and B"),
+        (crosscoder, device, f"the crosscoder, {features:,} features"),
+        (_answered(profile, config), device, "keys and values of the answers at once"),
+        (prompts, "memory", f"keys and values of {profile.n_steering} prompts, B alone"),
+        (2 * crosscoder, "memory", "its weights while they are read"),
+        (crosscoder, "disk", "its download"),
+        (2 * parameters(config) * 2, "disk", "downloads of A and B"),
+    ]
+
+
+def _per_token(profile: Profile, config: Mapping[str, Any]) -> int:
+    """Bytes of one token's keys and values."""
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = config["num_key_value_heads"]
+    return 2 * config["num_hidden_layers"] * heads * head * BYTES[profile.dtype]
+
+
+def _answered(profile: Profile, config: Mapping[str, Any]) -> int:
+    """Bytes of the keys and values of all answers that are generated at once."""
+    tokens = TOKENS[0] + profile.max_new_tokens
+    return 4 * profile.batch_generation * tokens * _per_token(profile, config)
+
+
 def page(profile: Profile) -> str:
-    """The table as text."""
-    lines = [f"{'GB':>8}  {'where':6}  what profile {profile.name} needs, about"]
-    lines += [f"{amount / 1e9:8.2f}  {where:6}  {what}" for amount, where, what in table(profile)]
-    return "\n".join(lines)
+    """Both tables as text; the second one ends in its sums."""
+    audit = audit_table(profile)
+    audit += [
+        (sum(amount for amount, where, _ in audit if where == place), place, "in all")
+        for place in dict.fromkeys(where for _, where, _ in audit)
+    ]
+    lines = []
+    for what, rows in {
+        f"what profile {profile.name} needs, about": table(profile),
+        "what `make audit` of one crosscoder needs": audit,
+    }.items():
+        lines += ["", f"{'GB':>8}  {'where':6}  {what}"]
+        lines += [f"{amount / 1e9:8.2f}  {where:6}  {text}" for amount, where, text in rows]
+    return "\n".join(lines[1:])
 
 
 def main(arguments: list[str] | None = None) -> int:

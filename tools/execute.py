@@ -6,6 +6,7 @@ Nothing good is replaced before a run has succeeded: the executed notebook and i
 Papermill and the like are imported where they are used, so finding nothing to do is quick.
 """
 
+import importlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -190,6 +191,37 @@ def _nbval(notebook: Path, root: Path) -> int:
     return int(pytest.main([*options, str(notebook)]))
 
 
+def out_of_reach(notebook: Notebook) -> str | None:
+    """Why what a notebook downloads cannot be had; None once it is here, or if it needs nothing.
+
+    Raises:
+        CompendiumError: it is here, but missing in part or damaged.
+    """
+    if not notebook.fetch:
+        return None
+    try:
+        importlib.import_module(notebook.fetch).fetch()
+    except ConnectionError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        raise CompendiumError(f"{notebook.name} reads what is not whole: {error}") from error
+    return None
+
+
+def keep(project: Project, name: str) -> None:
+    """Let a notebook's committed figures stand for those of this profile: later ones read them.
+
+    Raises:
+        CompendiumError: none are committed.
+    """
+    committed = project.root / "figures"
+    rows = [row for row in read_manifest(committed) if row["notebook"] == name]
+    if not rows:
+        raise CompendiumError(f"{name} cannot run, and {committed} has nothing of it")
+    if project.figures != committed:
+        _replace_figures(project.figures, name, rows, committed)
+
+
 # --------------------------------------------------------------------------------------------------
 # What is kept of a run
 
@@ -228,19 +260,24 @@ def publish_figures(job: Job) -> dict[str, str]:
         The sha256 of each file by its name.
     """
     place = job.project.figures
-    new, old = read_manifest(job.staging), read_manifest(place)
-    files = [file for row in new for file in row["files"]]
+    files = _replace_figures(place, job.name, read_manifest(job.staging), job.staging)
+    shutil.rmtree(job.staging)
+    return {file: contents(place / file) for file in files}
+
+
+def _replace_figures(place: Path, name: str, new: list[dict], source: Path) -> list[str]:
+    """Copy the files of manifest rows from ``source``, in place of the notebook's former ones."""
+    old, files = read_manifest(place), [file for row in new for file in row["files"]]
     for file in files:  # copied, not renamed: the build folder may be on another disk
-        store.write_atomically(place / file, (job.staging / file).read_bytes())
-    kept = [row for row in old if row["notebook"] != job.name]
+        store.write_atomically(place / file, (source / file).read_bytes())
+    kept = [row for row in old if row["notebook"] != name]
     if new or kept != old:
         write_manifest(place, [*kept, *new])
     gone = {file for row in old if row not in kept for file in row["files"]} - set(files)
     for file in sorted(gone):
         (place / file).unlink(missing_ok=True)
-        print(f"    removed {file}: {job.name} no longer writes it")
-    shutil.rmtree(job.staging)
-    return {file: contents(place / file) for file in files}
+        print(f"    removed {file}: {name} no longer writes it")
+    return files
 
 
 def _settle(job: Job, notebook: Notebook) -> str:

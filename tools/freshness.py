@@ -5,7 +5,8 @@ A notebook declares in its metadata what cannot be read off its code::
     "dfc": {"minutes": 4,  about how long it runs
             "needs": ["01_cache_activations"],  notebooks that run before it
             "inputs": ["data/pair"],            files or folders of the compendium that it reads
-            "outputs": ["activations"]}         what it leaves in build/<profile>/ for later ones
+            "outputs": ["activations"],         what it leaves in build/<profile>/ for later ones
+            "fetch": "dfc_lib.data.x"}          module whose fetch() downloads what it reads
 
 Its *key* hashes everything that may change its results: its code cells, the library modules they
 import (see :mod:`dfc_lib.provenance`), its inputs' contents, the profile's values, overridden
@@ -31,6 +32,7 @@ from typing import Any
 from dfc_lib import paths
 from dfc_lib.profiles import Profile
 from dfc_lib.provenance import CodeError, Library, code_text, digest
+from dfc_lib.results.figures import read_manifest
 
 
 class CompendiumError(Exception):
@@ -56,6 +58,11 @@ class Notebook:
                 f"{self.path.name}: metadata.dfc.{what} must be a list of strings, not {items!r}"
             )
         return items
+
+    @property
+    def fetch(self) -> str | None:
+        """The module that downloads what it reads, see :func:`tools.execute.out_of_reach`."""
+        return self.content["metadata"].get("dfc", {}).get("fetch")
 
     @property
     def minutes(self) -> float:
@@ -242,7 +249,7 @@ class Project:
             **{f"parameter {key}": repr(value) for key, value in (overrides or {}).items()},
             **{module: self.library.fingerprint(module) for module in modules},
             **{item: self._input(item) for item in notebook.declared("inputs")},
-            **{need: self.key(need) for need in notebook.declared("needs")},
+            **{need: self._need(need) for need in notebook.declared("needs")},
             "requirements.lock": digest(pin for pin in pins if not pin.startswith("#")),
         }
 
@@ -253,6 +260,13 @@ class Project:
         if name not in self._keys:
             self._keys[name] = digest(sorted(self.parts(name).items()))
         return self._keys[name]
+
+    def _need(self, name: str) -> str:
+        """The key of a notebook; of one that may be kept as it is, what its figures hold."""
+        if not self.notebooks[name].fetch:
+            return self.key(name)
+        rows = read_manifest(Project(self.root, self.profile).figures)
+        return digest(row["data_sha256"] for row in rows if row["notebook"] == name)
 
     def _input(self, item: str) -> str:
         if item not in self._inputs:

@@ -8,7 +8,8 @@
 A notebook is *fresh* while its key (see :mod:`tools.freshness`) and everything it wrote last time
 are unchanged. Results go to ``notebooks/`` and ``figures/`` at the published profile, to
 ``build/<profile>/`` at the others (see :mod:`tools.execute`). Notebooks that do not need each other
-run side by side if the profile gives one of them fewer threads than the machine has cores.
+run side by side if the profile gives one of them fewer threads than the machine has cores. A
+notebook that has to download what it reads, and cannot, keeps its committed results.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def run(
         check_overrides(notebooks[name], overrides or {})
     as_it_stands = Project(project.root, project.profile)
     order = with_needs(notebooks, targets)
-    executed: list[str] = []
+    executed, kept = [], []
     started, jobs = time.perf_counter(), jobs or project.profile.side_by_side
 
     def place(name: str) -> tuple[Project, dict[str, Any]]:
@@ -74,7 +75,11 @@ def run(
 
     def why(name: str) -> str | None:
         where, values = place(name)
-        return where.why_stale(name, values) or ("forced" if force and name in targets else None)
+        reason = where.why_stale(name, values) or (force and name in targets and "forced") or None
+        if reason and _kept(where, name):
+            kept.append(name)
+            return None
+        return reason
 
     def begin(name: str, reason: str, beside: int) -> Job:
         print(f"[{order.index(name) + 1}/{len(order)}] {name} ({reason})", flush=True)
@@ -90,11 +95,22 @@ def run(
 
     with _alone(project):
         _in_order(notebooks, order, why, begin, finish, jobs)
+    fresh = len(order) - len(executed) - len(kept)
     print(
-        f"profile {project.profile.name}: {len(executed)} run, {len(order) - len(executed)} "
-        f"already fresh, {time.perf_counter() - started:.1f} s"
+        f"profile {project.profile.name}: {len(executed)} run, "
+        + (f"{len(kept)} kept, " if kept else "")
+        + f"{fresh} already fresh, {time.perf_counter() - started:.1f} s"
     )
     return executed
+
+
+def _kept(project: Project, name: str) -> bool:
+    """Whether a notebook stays as it is committed, because what it downloads is out of reach."""
+    why = execute.out_of_reach(project.notebooks[name])
+    if why:
+        execute.keep(project, name)
+        print(f"    {name} keeps its committed results: {why}", flush=True)
+    return bool(why)
 
 
 def _in_order(
@@ -235,6 +251,9 @@ def check(
     checked = Project(project.root, project.profile, output=project.build / "check")
     codes: list[int] = []
 
+    def why(name: str) -> str | None:
+        return None if _kept(checked, name) else "checked"
+
     def begin(name: str, _: str, beside: int) -> Job:
         return execute.begin_check(checked, name, beside)
 
@@ -246,7 +265,7 @@ def check(
     with _alone(project):
         shutil.rmtree(checked.results, ignore_errors=True)
         jobs = jobs or project.profile.side_by_side
-        _in_order(notebooks, targets, lambda _: "checked", begin, finish, jobs, timeout)
+        _in_order(notebooks, targets, why, begin, finish, jobs, timeout)
     if project.published:
         made = sorted(path.name for path in checked.figures.glob("*.csv"))
         both = checked.figures, project.figures

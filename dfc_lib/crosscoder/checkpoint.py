@@ -1,7 +1,9 @@
 """Crosscoders on disk: our own checkpoints, through SAELens, and the published format."""
 
 import json
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -9,8 +11,59 @@ from sae_lens.saes.sae import SAE
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dfc_lib import paths
 from dfc_lib.crosscoder.model import ARCHITECTURE, Crosscoder
 from dfc_lib.crosscoder.partition import Block, Partition
+
+PUBLISHED_FILES = "config.json", "model.pt"
+
+
+class Source(NamedTuple):
+    """A crosscoder's folder, in either format."""
+
+    folder: Path
+    name: str  # the hub name, or the folder's own
+    commit: str = ""  # of the hub; empty where it is not known
+
+
+def locate(source: str | Path) -> Source:
+    """Find a crosscoder: a folder as it is; a hub name in ``downloads/``, else on the hub.
+
+    >>> locate("antebe1/dfc-D8k-excl10-k45")  # or name@commit, which stays what it is
+
+    Raises:
+        FileNotFoundError: there is no such folder, or the hub cannot be reached; says what to do.
+    """
+    if Path(source).is_dir():
+        return Source(Path(source), Path(source).resolve().name)
+    name, _, revision = str(source).partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{source} is not a folder, nor the hub name of a crosscoder (owner/name). A folder "
+            "holds cfg.json and sae_weights.safetensors (ours) or config.json and model.pt (the "
+            "published format)"
+        )
+    here = paths.downloaded(name)
+    # What `hf download` writes beside the files; the commit stands in its first line.
+    record = here and next(here.glob(".cache/huggingface/download/*.metadata"), None)
+    commit = record.read_text().partition("\n")[0] if record else ""
+    if here and (not revision or commit.startswith(revision)):
+        return Source(here, name, commit)
+    from huggingface_hub import snapshot_download
+
+    files = [SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, *PUBLISHED_FILES]
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
+    except Exception as error:  # the hub's client has many kinds of its own
+        place = paths.DOWNLOADS / name.rpartition("/")[2]
+        wanted = f"{name} --revision {revision}" if revision else name
+        raise FileNotFoundError(
+            f"{source}: cannot be had from the Hugging Face hub ({type(error).__name__}: {error}). "
+            f"On a machine with network access run `hf download {wanted} --local-dir "
+            f"{os.path.relpath(place, paths.ROOT)}` and copy that folder to {place}, where it is "
+            "found; or give a folder's path instead of the name."
+        ) from error
+    return Source(folder, name, folder.name)  # the cache calls a snapshot's folder by its commit
 
 
 def load(directory: str | Path, device: str = "cpu") -> Crosscoder:
@@ -39,7 +92,7 @@ def load(directory: str | Path, device: str = "cpu") -> Crosscoder:
 
 
 def load_published(
-    directory: str | Path, device: str = "cpu", apply_masks: bool = False
+    source: str | Path, device: str = "cpu", apply_masks: bool = False
 ) -> Crosscoder:
     """Read a checkpoint in the format of arXiv 2606.26474's authors; identity normaliser.
 
@@ -49,15 +102,17 @@ def load_published(
     B-exclusive, shared. ``b_dec`` is not subtracted before encoding. In evaluation mode and frozen.
 
     Args:
+        source: the folder, or a name on the Hugging Face hub, see :func:`locate`. What was read,
+            with its commit, is in ``cfg.metadata.source``.
         apply_masks: set forbidden weights to zero, as the authors' forward pass does, instead of
             refusing the file.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file is missing, or the hub cannot be reached.
         ValueError: naming what is wrong with the file.
     """
-    directory = Path(directory)
-    for name in ("config.json", "model.pt"):
+    directory, named, commit = locate(source)
+    for name in PUBLISHED_FILES:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is no published checkpoint: {name} is missing")
     sizes = _published_sizes(directory / "config.json")
@@ -71,7 +126,7 @@ def load_published(
     path = directory / "model.pt"
     state = _published_state(path, sizes, partition.mask())
 
-    metadata = {"format": "published"}
+    metadata = {"format": "published", "source": f"{named}@{commit}" if commit else named}
     crosscoder = Crosscoder.create(
         sizes["activation_dim"], partition, sizes["k"], device=device, metadata=metadata
     )

@@ -1,0 +1,238 @@
+"""The first study's own outcomes, from its public repository (arXiv 2606.26474), read and checked.
+
+``fetch`` gives a folder in which every file of ``data/public_records/manifest.csv`` lies whole, at
+``<first seven digits of the commit>/<path>``: the folder that ``DFC_PUBLIC_RECORDS`` names, else
+``downloads/public_records``, filled from GitHub (one archive a commit) where files are missing. The
+other functions read tables from it. Prompts are left out: they are not ours to repeat.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dfc_lib import paths, store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REPOSITORY = "Antebe/model_diffing_crosscoders"
+MANIFEST = paths.DATA / "public_records" / "manifest.csv"
+
+
+class RecordsError(ValueError):
+    """A file is missing, cut short or altered; the message names it and says what to do."""
+
+
+class RecordsUnavailable(ConnectionError):
+    """The records are not here and cannot be downloaded; says why."""
+
+
+def manifest(path: Path | None = None) -> "pd.DataFrame":
+    """``commit``, ``path``, ``bytes``, ``sha256`` of every file."""
+    import pandas as pd
+
+    return pd.read_csv(path or MANIFEST)
+
+
+def fetch(folder: str | Path | None = None, progress: bool = True) -> Path:
+    """The folder of the records, downloaded if need be and checked file by file.
+
+    Args:
+        folder: read from here and download nothing; default: ``DFC_PUBLIC_RECORDS``, if set.
+
+    Raises:
+        RecordsError: a file is missing (in a folder that was named), cut short or altered.
+        RecordsUnavailable: a download is needed, and there is no network.
+    """
+    files = manifest()
+    named = folder or os.environ.get("DFC_PUBLIC_RECORDS")
+    place = Path(named or paths.DOWNLOADS / "public_records").expanduser().resolve()
+    if not named:
+        for commit, group in files.groupby("commit", sort=False):
+            wanted = [PurePosixPath(path) for path in group.path]
+            if not all((place / commit[:7] / path).is_file() for path in wanted):
+                _download(commit, wanted, place, progress)
+    for file in files.itertuples():
+        path = place / file.commit[:7] / file.path
+        remedy = "restore it" if named else "delete it and run this again"
+        if not path.is_file():
+            raise RecordsError(f"{path} is missing; {remedy} ({REPOSITORY} at {file.commit})")
+        content = path.read_bytes()
+        if len(content) < file.bytes:
+            raise RecordsError(f"{path} is cut short: {len(content)} of {file.bytes} B; {remedy}")
+        if hashlib.sha256(content).hexdigest() != file.sha256:
+            raise RecordsError(f"{path} is altered: its sha256 is not the manifest's; {remedy}")
+    return place
+
+
+def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: bool) -> None:
+    """Take one commit's files out of its archive on GitHub."""
+    from tqdm.auto import tqdm
+
+    url = f"https://github.com/{REPOSITORY}/archive/{commit}.zip"
+    with tempfile.TemporaryFile() as archive:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                name = f"records {commit[:7]}"
+                with tqdm.wrapattr(answer, "read", desc=name, disable=not progress) as stream:
+                    shutil.copyfileobj(stream, archive)
+        except (OSError, http.client.HTTPException) as error:
+            raise RecordsUnavailable(
+                f"the study's records cannot be downloaded from {url} ({error}). Set "
+                "DFC_PUBLIC_RECORDS to a folder that holds them, or try again with a network"
+            ) from error
+        # GitHub packs an archive anew at times, so its hash would say nothing; each file's does.
+        try:
+            packed = zipfile.ZipFile(archive)
+            top = packed.namelist()[0].partition("/")[0]
+            for path in wanted:
+                store.write_atomically(place / commit[:7] / path, packed.read(f"{top}/{path}"))
+        except (zipfile.BadZipFile, KeyError, IndexError) as error:
+            raise RecordsError(f"what {url} gave is damaged ({error}); run this again") from error
+
+
+# -------------------------------------------------------------------------------------------------
+# Tables
+
+
+def runs(folder: Path) -> "pd.DataFrame":
+    """The sweep: one row per recorded run (47 of 48), rates in per cent over 100 prompts.
+
+    Returns:
+        ``name``, ``kind`` (``DFC`` or ``plain``), ``D``, ``k``, ``share`` (of the dictionary, for
+        each model alone), ``penalised`` (the exclusive block), ``l1`` (on the shared features),
+        ``<model>_<when>`` and ``<model>_format_<when>`` for the models A and B, before (``clean``)
+        and after (``reconstructed``); ``mse`` of training.
+    """
+    import pandas as pd
+
+    rows = []
+    for run in _lines(folder, "31a4d3e/results_full.jsonl"):
+        settings = run["hyperparameters"]
+        row = _design(run["name"], settings)
+        for model in "AB":
+            for when, key in (("clean", "pre"), ("reconstructed", "post")):
+                row[f"{model}_{when}"] = run[f"tool_correctness_{model}_{key}"]
+                row[f"{model}_format_{when}"] = run[f"format_accuracy_{model}_{key}"]
+        rows.append(row | {"n": run["n_evaluated"]})
+    (export,) = sorted((folder / "d247064" / "results").glob("wandb_export_*.csv"))
+    trained = pd.read_csv(export)
+    trained["name"] = trained.Name.str.replace(r"-sp[\d.]+-esp[\d.]+$", "", regex=True)
+    return pd.DataFrame(rows).merge(
+        trained[["name", "train/mse"]].rename(columns={"train/mse": "mse"}), on="name", how="left"
+    )
+
+
+def uniform_scaling(folder: Path) -> "pd.DataFrame":
+    """The whole exclusive block scaled in the base: one row per DFC and factor ``scale``; all
+    other numbers that were recorded, as they are."""
+    import pandas as pd
+
+    rows = []
+    for run in _lines(folder, "31a4d3e/results_steer.jsonl"):
+        numbers = {k: v for k, v in run.items() if isinstance(v, int | float)}
+        rows.append(_design(run["name"], run["hyperparameters"]) | numbers)
+    return pd.DataFrame(rows).rename(columns={"scale_factor": "scale"})
+
+
+def steered(folder: Path) -> "pd.DataFrame":
+    """The steering grids: one row per crosscoder, cell and prompt.
+
+    Returns:
+        ``crosscoder`` (the folder's name), ``cell`` (the file's), ``share`` of the block in per
+        cent, ``alpha``, ``features`` (tuple of indices), ``size``, ``prompt`` (index), and tool
+        correctness as 0/1: ``clean``, ``reconstructed``, ``steered``.
+    """
+    import pandas as pd
+
+    rows = []
+    for path in sorted((folder / "d247064/results/targeted_steering").glob("*/*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            row = {"crosscoder": path.parent.name, "cell": path.stem}
+            row |= {"share": record["k_pct"], "alpha": record["alpha"]}
+            row |= {"features": tuple(record["subset_indices"]), "size": record["subset_size"]}
+            row["prompt"] = record["prompt_index"]
+            for name, key in (("clean", "clean"), ("reconstructed", "recon"), ("steered",) * 2):
+                row[name] = float(record[f"{key}_score"]["tool_correctness"])
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rankings(folder: Path) -> "pd.DataFrame":
+    """Ranked features of 13 crosscoders: ``crosscoder`` and the columns as recorded."""
+    import pandas as pd
+
+    found = sorted((folder / "d247064/data/rankings").glob("*.csv"))
+    tables = {path.stem: pd.read_csv(path) for path in found}
+    return pd.concat(tables, names=["crosscoder"]).reset_index(level=0).reset_index(drop=True)
+
+
+def explanations(folder: Path) -> "pd.DataFrame":
+    """Auto-interpretation: one row per feature, without texts.
+
+    Returns:
+        ``source`` (the folder), ``feature``, ``block``, ``dead``, ``explained`` (there is an
+        explanation), ``correct`` of ``total`` detections (-1 where none was scored), ``failed``
+        (an error was recorded, or nothing was scored).
+    """
+    import pandas as pd
+
+    rows = []
+    root = folder / "d247064" / "results"
+    for path in sorted(root.glob("autointerp*/**/feat_*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        source = path.relative_to(root).parent
+        source = source.parent if source.name.isdigit() else source
+        total = record["detection_n_total"]
+        rows.append(
+            {
+                "source": source.as_posix(),
+                "feature": record["feat_idx"],
+                "block": record["partition"],
+                "dead": record["is_dead"],
+                "explained": bool(record["explanation"]),
+                "correct": record["detection_n_correct"],
+                "total": total,
+                "failed": bool(record["error"]) or total < 1,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def names(folder: Path, layer: int = 13) -> list[str]:
+    """The hub names of the published crosscoders of one layer; at 13 the 48 of the sweep."""
+    listed = _lines(folder, "d247064/models.jsonl")
+    return [one["name"] for one in listed if one["hyperparameters"]["layer"] == layer]
+
+
+def clusters(folder: Path) -> "pd.DataFrame":
+    """UMAP coordinates and cluster of one DFC's 819 A-exclusive features, as recorded."""
+    import pandas as pd
+
+    return pd.read_csv(folder / "d247064/results/clusters/aexcl_assignments.csv")
+
+
+def _lines(folder: Path, path: str) -> list[dict[str, Any]]:
+    text = (folder / path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _design(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    share = settings["model_a_exclusive_pct"]
+    return {
+        "name": name.rpartition("/")[2],
+        "kind": "DFC" if share else "plain",
+        "D": settings["dict_size"],
+        "k": settings["k"],
+        "share": share,
+        "l1": bool(settings["sparsity_coef"]),
+        "penalised": bool(settings["exclusive_sparsity_coef"]),
+    }
