@@ -76,7 +76,7 @@ pair: environment ## remake the embedded pair of models from nothing (resumes; s
 sweep: environment ## the 48 crosscoders of notebook 08 (resumes; RAY=1: on a Ray cluster)
 	@$(python) -m tools.sweep --profile '$(PROFILE)' $(if $(RAY),--ray)
 
-audit: environment ## does releasing a crosscoder leak the skill? CROSSCODER=folder (PROFILE= its pair)
+audit: environment ## does releasing a crosscoder leak the skill? CROSSCODER=folder or hub name (PROFILE= its pair)
 	@$(python) -m tools.audit '$(CROSSCODER)' --profile '$(PROFILE)'
 
 # The pages are copied into the repository's own layout, so that links hold here as on GitHub.

@@ -1,15 +1,13 @@
 """The first study's records: downloaded once, checked file by file, read into tidy tables."""
 
 import hashlib
-import http.client
-import io
 import json
-import urllib.error
 import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import requests
 
 from dfc_lib.data import public_records
 from dfc_lib.data.public_records import RecordsError, RecordsUnavailable
@@ -105,9 +103,9 @@ def github(folder, monkeypatch) -> list[str]:
     """A stand-in of GitHub: one archive a commit; the addresses that were asked for."""
     asked = []
 
-    def urlopen(url, timeout):
+    def retrieve(url, known_hash, fname, path, progressbar):
         asked.append(url)
-        commit, archive = url.rpartition("/")[2].removesuffix(".zip"), io.BytesIO()
+        commit, archive = url.rpartition("/")[2].removesuffix(".zip"), Path(path) / fname
         with zipfile.ZipFile(archive, "w") as packed:
             packed.writestr("repository-1/", "")
             packed.writestr("repository-1/not_listed.txt", "x")
@@ -115,9 +113,9 @@ def github(folder, monkeypatch) -> list[str]:
                 if file.is_file():
                     inside = file.relative_to(folder / commit[:7]).as_posix()
                     packed.write(file, f"repository-1/{inside}")
-        return io.BytesIO(archive.getvalue())
+        return str(archive)
 
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr("pooch.retrieve", retrieve)
     return asked
 
 
@@ -162,19 +160,23 @@ def test_a_damaged_file_is_named(folder, damage, said):
 
 
 @pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no route"), http.client.IncompleteRead(b"")]
+    "error", [requests.ConnectionError("no route"), requests.Timeout(), OSError("no space")]
 )
 def test_no_network_is_said_with_a_way_out(folder, monkeypatch, error):
     def refuse(*_arguments, **_options):
         raise error
 
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("pooch.retrieve", refuse)
     with pytest.raises(RecordsUnavailable, match="DFC_PUBLIC_RECORDS"):
         public_records.fetch(progress=False)
 
 
 def test_a_damaged_archive_is_named(folder, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b"no zip"))
+    def broken(url, known_hash, fname, path, progressbar):
+        (Path(path) / fname).write_bytes(b"no zip")
+        return str(Path(path) / fname)
+
+    monkeypatch.setattr("pooch.retrieve", broken)
     with pytest.raises(RecordsError, match=rf"{SWEEP}\.zip gave is damaged"):
         public_records.fetch(progress=False)
 

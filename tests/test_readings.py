@@ -55,3 +55,14 @@ def test_missing_readings_name_the_notebooks_to_run():
 def test_an_id_names_one_reading():
     with pytest.raises(ValueError, match=r"twice: \[\('C1', 'calibrated'\)\]"):
         readings.save_readings("05", [reading(), reading("C2"), reading()], SMOKE)
+
+
+def test_readings_of_recorded_outcomes_stand_apart(tmp_path):
+    """They are of another pair, and their claims are not split by case as the scorecard's are."""
+    about = '{"metadata": {"dfc": {"readings": "records"}}, "cells": ["save_readings(...)"]}'
+    (tmp_path / "13_records.ipynb").write_text(about)
+    for number in ("05", "06"):
+        readings.save_readings(number, [reading()], SMOKE)
+    assert len(readings.load_readings(SMOKE)) == 2  # nor is it missed
+    readings.save_readings("13", [reading("C5")], SMOKE)
+    assert readings.load_readings(SMOKE).notebook.tolist() == ["05_steering", "06_spillover"]

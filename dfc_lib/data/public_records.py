@@ -7,12 +7,9 @@ other functions read tables from it. Prompts are left out: they are not ours to 
 """
 
 import hashlib
-import http.client
 import json
 import os
-import shutil
 import tempfile
-import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -74,26 +71,25 @@ def fetch(folder: str | Path | None = None, progress: bool = True) -> Path:
 
 def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: bool) -> None:
     """Take one commit's files out of its archive on GitHub."""
-    from tqdm.auto import tqdm
+    import pooch
+    import requests
 
+    pooch.get_logger().setLevel("WARNING")  # it would print where the archive lies for a moment
     url = f"https://github.com/{REPOSITORY}/archive/{commit}.zip"
-    with tempfile.TemporaryFile() as archive:
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                name = f"records {commit[:7]}"
-                with tqdm.wrapattr(answer, "read", desc=name, disable=not progress) as stream:
-                    shutil.copyfileobj(stream, archive)
-        except (OSError, http.client.HTTPException) as error:
+            # GitHub packs an archive anew at times, so its hash says nothing; each file's does.
+            archive = pooch.retrieve(url, None, "records.zip", folder, progressbar=progress)
+        except (requests.RequestException, OSError) as error:
             raise RecordsUnavailable(
-                f"the study's records cannot be downloaded from {url} ({error}). Set "
-                "DFC_PUBLIC_RECORDS to a folder that holds them, or try again with a network"
+                f"the study's records cannot be downloaded from {url} ({type(error).__name__}). "
+                "Set DFC_PUBLIC_RECORDS to a folder that holds them, or try again with a network"
             ) from error
-        # GitHub packs an archive anew at times, so its hash would say nothing; each file's does.
         try:
-            packed = zipfile.ZipFile(archive)
-            top = packed.namelist()[0].partition("/")[0]
-            for path in wanted:
-                store.write_atomically(place / commit[:7] / path, packed.read(f"{top}/{path}"))
+            with zipfile.ZipFile(archive) as packed:
+                top = packed.namelist()[0].partition("/")[0]
+                for path in wanted:
+                    store.write_atomically(place / commit[:7] / path, packed.read(f"{top}/{path}"))
         except (zipfile.BadZipFile, KeyError, IndexError) as error:
             raise RecordsError(f"what {url} gave is damaged ({error}); run this again") from error
 

@@ -80,7 +80,10 @@ def save_readings(number: str, readings: Sequence[Reading], profile: "Profile") 
 
 
 def load_readings(profile: "Profile") -> "pd.DataFrame":
-    """The readings of all notebooks: the columns of :class:`Reading`, and ``notebook``.
+    """The readings of our own pairs: the columns of :class:`Reading`, and ``notebook``.
+
+    A notebook with ``"dfc": {"readings": "records"}`` in its metadata reads what others recorded,
+    its claims by their plain ids; it is left out.
 
     Raises:
         FileNotFoundError: a notebook that writes readings has not been run at this profile; the
@@ -88,9 +91,14 @@ def load_readings(profile: "Profile") -> "pd.DataFrame":
     """
     import pandas as pd
 
-    saved = {id: name for id, name in figures.saved(profile).items() if id.endswith("_readings")}
     sources = {path.stem: path.read_text("utf-8") for path in paths.NOTEBOOKS.glob("*.ipynb")}
-    writers = sorted(name for name, source in sources.items() if "save_readings(" in source)
+    ours = {name for name, source in sources.items() if '"readings": "records"' not in source}
+    saved = {
+        id: name
+        for id, name in figures.saved(profile).items()
+        if id.endswith("_readings") and name in ours
+    }
+    writers = sorted(name for name in ours if "save_readings(" in sources[name])
     if missing := [name for name in writers if name not in saved.values()]:
         remedy = figures.remedy(" ".join(name[:2] for name in missing), profile)
         raise FileNotFoundError(
