@@ -72,7 +72,6 @@ def fetch(folder: str | Path | None = None, progress: bool = True) -> Path:
 def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: bool) -> None:
     """Take one commit's files out of its archive on GitHub."""
     import pooch
-    import requests
 
     pooch.get_logger().setLevel("WARNING")  # it would print where the archive lies for a moment
     url = f"https://github.com/{REPOSITORY}/archive/{commit}.zip"
@@ -80,7 +79,7 @@ def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: b
         try:
             # GitHub packs an archive anew at times, so its hash says nothing; each file's does.
             archive = pooch.retrieve(url, None, "records.zip", folder, progressbar=progress)
-        except (requests.RequestException, OSError) as error:
+        except OSError as error:
             raise RecordsUnavailable(
                 f"the study's records cannot be downloaded from {url} ({type(error).__name__}). "
                 "Set DFC_PUBLIC_RECORDS to a folder that holds them, or try again with a network"
