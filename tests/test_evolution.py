@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib.crosscoder import training
+from dfc_lib.crosscoder import loop, training
+from dfc_lib.crosscoder.batches import Batches
 from dfc_lib.crosscoder.checkpoint import load
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
@@ -78,14 +79,14 @@ def assert_forbidden_is_zero(partition, *tensors):
 @variants
 def test_three_models_forbidden_weights_gradients_and_moments_are_exactly_zero(tmp_path, fields):
     config = replace(CONFIG, **fields)
-    data = training._Data(config, X, None)
-    training._claim(tmp_path, config, data)
-    runs = [training._Run(config, data, tmp_path)]
+    data = Batches(config, X, None)
+    training._claim(tmp_path, config)
+    runs = [loop.Run(config, data, tmp_path)]
     runs[0].resume()
     for step in range(20):
         runs[0].train_step(data.batch(step))
     runs[0].checkpoint()
-    runs.append(training._Run(config, data, tmp_path))  # after a save and a load
+    runs.append(loop.Run(config, data, tmp_path))  # after a save and a load
     runs[1].resume()
     assert runs[1].step == 20
     runs[1].train_step(data.batch(20))

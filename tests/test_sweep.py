@@ -14,9 +14,13 @@ import pytest
 import torch
 
 from dfc_lib import paths, profiles
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
 from dfc_lib.data import activations, corpora, prompts
 from dfc_lib.data.pair import load_pair
 from dfc_lib.steering import evaluation, interventions, sweep
+from dfc_lib.study import Study
+from tools import sweep as command
 
 PROFILE = replace(
     profiles.get("smoke"),
@@ -52,9 +56,7 @@ def build(vectors, tmp_path, monkeypatch):
     """An empty build folder but for that cache."""
     monkeypatch.setenv("DFC_BUILD", str(tmp_path))
     shutil.copytree(vectors, tmp_path / PROFILE.name / "activations" / "train_last")
-    sweep.open_bench.cache_clear()
-    yield tmp_path
-    sweep.open_bench.cache_clear()
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +66,7 @@ def expected(vectors, tmp_path_factory):
     shutil.copytree(vectors, folder / PROFILE.name / "activations" / "train_last")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DFC_BUILD", str(folder))
-        sweep.open_bench.cache_clear()
-        rows, outcomes, _ = sweep.sweep(RUNS, PROFILE, progress=False)
-    sweep.open_bench.cache_clear()
-    return rows, outcomes
+        return sweep.sweep(RUNS, Study(PROFILE), progress=False)
 
 
 def test_the_grid_is_the_published_one():
@@ -111,16 +110,16 @@ def test_the_prompts_are_the_profiles_own(build, monkeypatch):
     calls = [r for r in corpora.records(PROFILE, "evaluation") if r.kind == "call"]
     own = [replace(calls[3], held_out=False, query="mine?")]
     monkeypatch.setattr(corpora, "records", lambda profile, split: own)
-    assert sweep.Bench(PROFILE).records == own
+    assert sweep.records(Study(PROFILE)) == own
 
 
 def test_measuring_equals_generating(build):
     """Prompts kept between calls, and the margin alone where that is wanted, change nothing."""
-    bench = sweep.open_bench(PROFILE)
+    study = Study(PROFILE)
     cells = {"clean": interventions.Clean(), "other": interventions.OtherModel(1)}
     cells["push"] = interventions.random_directions(sweep.Scaled(0.5), 1, 128)[0]
-    got = sweep.measure(bench, "A", cells)
-    want = evaluation.intervene(bench.pair, "A", bench.records, cells, progress=False)
+    got = sweep.measure(study, "A", cells)
+    want = evaluation.intervene(study.pair, "A", sweep.records(study), cells, progress=False)
     want = want.sort_values(["cell", "prompt"])
     got = got.sort_values(["condition", "prompt"])
     assert got.margin.tolist() == pytest.approx(want.margin.tolist(), abs=1e-4)
@@ -129,7 +128,7 @@ def test_measuring_equals_generating(build):
     generated = got[got.prompt < 3].lenient.tolist()
     assert generated == want[want.prompt < 3].lenient.tolist()
     assert got[got.prompt >= 3].lenient.isna().all()
-    again = sweep.measure(bench, "A", cells).sort_values(["condition", "prompt"])
+    again = sweep.measure(study, "A", cells).sort_values(["condition", "prompt"])
     pd.testing.assert_frame_equal(again, got)
 
 
@@ -151,42 +150,44 @@ def test_a_row_says_what_was_measured(expected):
 
 def test_raw_and_calibrated_differ_by_the_normaliser_alone(build):
     """With the identity in its place, both conditions are the same."""
-    bench = sweep.open_bench(PROFILE)
-    crosscoder = sweep.Crosscoder.create(128, sweep.Partition.dedicated(64, 0.1), 8)
+    study = Study(PROFILE)
+    h = sweep.prefix_cache(study).h
+    crosscoder = Crosscoder.create(128, Partition.dedicated(64, 0.1), 8)
     crosscoder.requires_grad_(False)
     cells = sweep.reconstructions(crosscoder, "A")
-    raw, calibrated = (interventions.apply(cells[c], bench.h)[0] for c in ("raw", "calibrated"))
+    raw, calibrated = (interventions.apply(cells[c], h)[0] for c in ("raw", "calibrated"))
     assert torch.equal(raw, calibrated)
-    crosscoder.normaliser = sweep.training.Normaliser.fit(bench.x)
-    changed = interventions.apply(sweep.reconstructions(crosscoder, "A")["calibrated"], bench.h)[0]
+    crosscoder.normaliser = Normaliser.fit(sweep.vectors(study).to_tensor())
+    changed = interventions.apply(sweep.reconstructions(crosscoder, "A")["calibrated"], h)[0]
     assert not torch.allclose(raw, changed)
 
 
 def test_baselines_are_made_once(build, monkeypatch):
-    bench = sweep.open_bench(PROFILE)
+    study = Study(PROFILE)
     monkeypatch.setattr(sweep, "RATIOS", (0.1,))
     monkeypatch.setattr(sweep, "N_DRAWS", 2)
-    first = sweep.baselines(bench)
-    conditions = {
-        "clean",
-        "other model",
-        "tool mean",
-        "neutral mean",
-        "random|0.1|0",
-        "random|0.1|1",
+    first = sweep.baselines(study)
+    others = {"clean", "other model", "tool mean", "neutral mean"}
+    names = first[["condition", "ratio", "draw"]].drop_duplicates().fillna(-1).to_numpy().tolist()
+    assert len(names) == len(others) + 2
+    assert {tuple(name) for name in names} == {
+        *((condition, -1, -1) for condition in others),
+        ("random", 0.1, 0),
+        ("random", 0.1, 1),
     }
-    assert set(first.condition) == conditions
     assert (first[first.condition == "clean"].delta == 0).all()
+    assert first[first.condition == "random"].delta.to_numpy() == pytest.approx(0.1, abs=1e-5)
     monkeypatch.setattr(sweep, "measure", None)
-    pd.testing.assert_frame_equal(sweep.baselines(bench), first)
+    pd.testing.assert_frame_equal(sweep.baselines(study), first)
 
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from dfc_lib import sweep
+from dfc_lib.steering import sweep
+from dfc_lib.study import Study
 from test_sweep import PROFILE, RUNS
-sweep.sweep(RUNS, PROFILE, progress=False)
+sweep.sweep(RUNS, Study(PROFILE), progress=False)
 """
 
 
@@ -207,12 +208,12 @@ def test_a_killed_sweep_loses_the_run_in_flight_and_no_other(build, expected):
     before = {path: path.stat().st_mtime_ns for path in finished}
     made = []
 
-    def counting(runs, profile):
-        for run, result in sweep.in_process(runs, profile):
+    def counting(runs, study):
+        for run, result in sweep.in_process(runs, study):
             made.append(run)
             yield run, result
 
-    rows, outcomes, _ = sweep.sweep(RUNS, PROFILE, counting, progress=False)
+    rows, outcomes = sweep.sweep(RUNS, Study(PROFILE), counting, progress=False)
     assert len(made) == len(RUNS) - len(finished)
     assert {path: path.stat().st_mtime_ns for path in finished} == before
     pd.testing.assert_frame_equal(rows, expected[0], check_exact=True)
@@ -220,15 +221,20 @@ def test_a_killed_sweep_loses_the_run_in_flight_and_no_other(build, expected):
 
 
 def test_a_changed_budget_is_another_sweep(build):
-    path = sweep.open_bench(PROFILE).path(RUNS[0])
+    path = sweep.result_path(RUNS[0], Study(PROFILE))
     for change in ({"steps": 40}, {"n_steering": 2}):
-        assert sweep.open_bench(replace(PROFILE, **change)).path(RUNS[0]) != path
+        assert sweep.result_path(RUNS[0], Study(replace(PROFILE, **change))) != path
+
+
+def test_changed_code_is_another_sweep(build, monkeypatch):
+    path = sweep.result_path(RUNS[0], Study(PROFILE))
+    monkeypatch.setattr(sweep.provenance, "code_hash", lambda *modules: "another")
+    assert sweep.result_path(RUNS[0], Study(PROFILE)).parent != path.parent
 
 
 def test_missing_vectors_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DFC_BUILD", str(tmp_path))
-    sweep.open_bench.cache_clear()
-    assert sweep.main(["--profile", "smoke"]) == 1
+    assert command.main(["--profile", "smoke"]) == 1
     assert "train_last" in capsys.readouterr().err
 
 
@@ -240,23 +246,23 @@ def test_a_lost_node_costs_no_row(build, expected):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
-    came = []
+    study, came = Study(PROFILE), []
 
-    def losing_a_node(runs, profile):
-        for run, result in sweep.on_ray(runs, profile):
+    def losing_a_node(runs, study):
+        for run, result in command.on_ray(runs, study):
             if not came:
                 cluster.remove_node(nodes[1], allow_graceful=False)
             came.append(run)
             yield run, result
 
     try:
-        rows, outcomes, _ = sweep.sweep(RUNS, PROFILE, losing_a_node, progress=False)
+        rows, outcomes = sweep.sweep(RUNS, study, losing_a_node, progress=False)
     finally:
         ray.shutdown()
         cluster.shutdown()
     assert Counter(came) == Counter(RUNS)
     pd.testing.assert_frame_equal(rows, expected[0], check_exact=True)
     pd.testing.assert_frame_equal(outcomes, expected[1], check_exact=True)
-    folder = sweep.open_bench(PROFILE).folder
-    assert len(list(folder.glob("*.json"))) == len(RUNS)
-    assert all(json.loads(path.read_text())["row"] for path in folder.glob("*.json"))
+    finished = list(sweep.folder(study).glob("*.json"))
+    assert len(finished) == len(RUNS)
+    assert all(json.loads(path.read_text())["run"] for path in finished)

@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from dfc_lib.crosscoder.batches import ActivationSource, AnyActivations
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import iterate_batches
-from dfc_lib.crosscoder.training import ActivationSource, AnyActivations
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,49 +1,42 @@
 """The sweep of arXiv 2606.26474: 48 crosscoders, each trained, evaluated and put down as one row.
 
 ``grid`` is the published design as data, ``train_config`` scales a run to a profile. ``run_one`` is
-the task: train (through ``training.get_or_train``), pass both models through the crosscoder at the
-last prompt token, score what they do. ``sweep`` runs the tasks in process or on a Ray cluster.
-Finished runs are on disk, whole or not at all: killing a sweep loses the run in flight and no
-other. ``python -m dfc_lib.steering.sweep`` is ``make sweep``.
+the task: get the crosscoder, pass both models through it at the last prompt token, score what they
+do. ``sweep`` runs the tasks. Finished runs are on disk, whole or not at all: killing a sweep loses
+the run in flight and no other.
 
 Conditions: ``calibrated`` (through the stored Normaliser); ``raw`` (raw activations in, raw out, as
 in the published evaluation); for the base also ``own`` (calibrated, encoded from the base alone,
 A's stream at its mean).
 """
 
-import argparse
-import hashlib
 import json
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfc_lib import paths, profiles, store
-from dfc_lib.crosscoder import training
+from dfc_lib import provenance, store
+from dfc_lib.crosscoder import fidelity, training
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Partition
-from dfc_lib.crosscoder.training import TrainConfig
-from dfc_lib.data import corpora, prompts
+from dfc_lib.crosscoder.training import Job, TrainConfig
 from dfc_lib.data.activations import Activations
-from dfc_lib.data.pair import fingerprint, load_pair
+from dfc_lib.data.pair import fingerprint
+from dfc_lib.data.prompts import Record
 from dfc_lib.profiles import Profile
-from dfc_lib.steering import evaluation, interventions
-from dfc_lib.steering.generation import PrefixCache
+from dfc_lib.steering import interventions
 from dfc_lib.steering.interventions import Codec, Intervention, Reconstruction, Site
+from dfc_lib.steering.prefix import PrefixCache
+from dfc_lib.study import Study
 
-SWEEP_VERSION = 2  # raise it when the same run would give another row
 PUBLISHED = {"d_model": 2_048, "k": 90, "steps": 9_000, "batch": 1_024, "vectors": 80_000}
 WIDTHS, KS, SHARES, COEF = (4, 8), (45, 90, 160), (0.03, 0.05, 0.10), 1e-3
 CONDITIONS = {"A": ("calibrated", "raw"), "B": ("calibrated", "raw", "own")}
@@ -136,91 +129,83 @@ def design(run: Run, profile: Profile, d_model: int) -> dict[str, Any]:
 # -- what all runs share, read once per process
 
 
-class Bench:
-    """A profile's models, training vectors and evaluation prompts (gold call, tools seen)."""
+def records(study: Study) -> list[Record]:
+    """The prompts that runs are evaluated on: gold call, tools seen."""
+    return study.calls("evaluation", study.profile.n_evaluation)
 
-    def __init__(self, profile: Profile) -> None:
-        self.profile, self.build = profile, paths.build(profile.name)
-        sources = {"A": profile.location(profile.model_a), "B": profile.location(profile.model_b)}
-        dtype = getattr(torch, profile.dtype)
-        self.pair = load_pair(sources, profile.layer, dtype=dtype, device=profile.device)
-        self.vectors = Activations.open(self.build / "activations" / "train_last")
-        records = corpora.records(profile, "evaluation")
-        calls = [r for r in records if r.kind == "call" and not r.held_out]
-        self.records = calls[: profile.n_evaluation]
-        self.n_generated = min(N_GENERATED, profile.n_steering, len(self.records))
-        tokenizer, style = self.pair.tokenizer, prompts.FIXED_STYLE
-        texts = [prompts.chat_text(tokenizer, record, style) for record in self.records]
-        self.ids = prompts.encode(tokenizer, texts)
-        settings = [SWEEP_VERSION, THREADS, RATIOS, N_DRAWS, self.n_generated, profile.layer]
-        settings += [profile.dtype, profile.max_new_tokens, self.vectors.key, self.ids]
-        settings += [fingerprint(model) for model in self.pair.models.values()]
-        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        self.folder = self.build / "sweep" / key  # named by all that a result depends on
 
-    @cached_property
-    def x(self) -> Float[Tensor, "vector model d_model"]:
-        """What the crosscoders learn from: the last tokens of tool prompts and of neutral texts."""
-        return self.vectors.to_tensor()
-
-    @cached_property
-    def prefix_cache(self) -> PrefixCache:
-        """The evaluation prompts, read once for all runs."""
-        return PrefixCache(self.pair, self.ids, self.profile.batch_generation)
-
-    @property
-    def h(self) -> Float[Tensor, "prompt model d_model"]:
-        """Residuals at the last token of the evaluation prompts."""
-        return self.prefix_cache.h
-
-    def path(self, run: Run) -> Path:
-        """The file that says that a run is finished; its outcomes lie beside it as parquet."""
-        config = train_config(run, self.profile, self.pair.d_model)
-        key = training.config_key(config, self.vectors.key)
-        return self.folder / f"{run.name}-{key}.json"
+def n_generated(study: Study) -> int:
+    """For how many of them, the first ones, answers are generated."""
+    return min(N_GENERATED, study.profile.n_steering, len(records(study)))
 
 
 @cache
-def open_bench(profile: Profile) -> Bench:
-    """One per process and profile."""
-    return Bench(profile)
+def prefix_cache(study: Study) -> PrefixCache:
+    """The evaluation prompts, read once for all runs."""
+    return PrefixCache(study.pair, study.ids(records(study)), study.profile.batch_generation)
+
+
+@cache
+def vectors(study: Study) -> Activations:
+    """What the crosscoders learn from: the last tokens of tool prompts and of neutral texts."""
+    return study.cache("train_last")
+
+
+@cache
+def folder(study: Study) -> Path:
+    """Where results lie; named by all that they depend on, but for the run's own settings."""
+    profile, pair = study.profile, study.pair
+    key = [provenance.code_hash(__name__), n_generated(study), pair.layer, profile.dtype]
+    key += [profile.max_new_tokens, vectors(study).key, study.ids(records(study))]
+    key += [fingerprint(model) for model in pair.models.values()]
+    return study.build / "sweep" / provenance.digest(key)[:16]
+
+
+def job(run: Run, study: Study) -> Job:
+    """How the crosscoder of a run is had."""
+    config = train_config(run, study.profile, study.pair.d_model)
+    return Job(config, vectors(study).to_tensor, vectors(study).key)
+
+
+def result_path(run: Run, study: Study) -> Path:
+    """The file that says that a run is finished; its outcomes lie beside it as parquet."""
+    wanted = job(run, study)
+    key = training.config_key(wanted.config, wanted.data_key)
+    return folder(study) / f"{run.name}-{key}.json"
 
 
 # -- the task
 
-Result = tuple[dict[str, Any], pd.DataFrame, dict[str, float]]
+Result = tuple[dict[str, Any], pd.DataFrame]
 
 
-def measure(bench: Bench, target: str, cells: Mapping[str, Intervention]) -> pd.DataFrame:
+def measure(
+    study: Study,
+    target: str,
+    cells: Mapping[Hashable, Intervention],
+    levels: Sequence[str] = ("condition",),
+) -> pd.DataFrame:
     """What a model does under interventions at the last prompt token.
 
+    Args:
+        cells, levels: as for ``Study.run``.
+
     Returns:
-        one line per (condition, prompt): ``target``, ``condition``, ``prompt``, ``margin`` (nats),
-        ``delta`` (||delta|| / ||h||), and the rates, NaN where the prompt was not generated for.
+        one line per (cell, prompt), cells outermost: ``target``, ``levels``, ``prompt``, ``margin``
+        (nats), ``delta`` (||delta|| / ||h||), and the rates, NaN where nothing was generated.
     """
-    n, frames = bench.n_generated, []
-    for records, length in (
-        (bench.records[:n], bench.profile.max_new_tokens),
-        (bench.records[n:], 1),  # of these only the first token's margin is wanted
-    ):
-        if records:
-            frame = evaluation.intervene(
-                bench.pair,
-                target,
-                records,
-                cells,
-                max_new_tokens=length,
-                batch_size=4 * bench.profile.batch_generation,
-                prefix_cache=bench.prefix_cache,
-                progress=False,
-            )
-            frames.append(frame)
+    n, asked, frames = n_generated(study), records(study), []
+    options = {"prefix_cache": prefix_cache(study), "out_dir": None, "progress": False}
+    # Of the prompts behind the first n only the first token's margin is wanted.
+    for part, length in ((asked[:n], study.profile.max_new_tokens), (asked[n:], 1)):
+        if part:
+            options["max_new_tokens"] = length
+            frames.append(study.run(cells, part, target, levels=levels, **options))
     frames[1:] = [f.assign(prompt=f.prompt + n, **dict.fromkeys(RATES, np.nan)) for f in frames[1:]]
-    found = pd.concat(frames).rename(columns={"cell": "condition"}).assign(target=target)
-    columns = ["target", "condition", "prompt", "margin", "delta", *RATES]
-    order = {name: i for i, name in enumerate(cells)}
-    by_cell = found.sort_values("condition", key=lambda c: c.map(order), kind="stable")
-    return by_cell[columns].reset_index(drop=True)
+    outcomes = pd.concat(frames).assign(target=target)
+    by_cell = outcomes.groupby(list(levels), sort=False, dropna=False)
+    columns = ["target", *levels, "prompt", "margin", "delta", *RATES]
+    return pd.concat([part for _, part in by_cell], ignore_index=True)[columns]
 
 
 def reconstructions(crosscoder: Crosscoder, target: str) -> dict[str, Intervention]:
@@ -230,48 +215,40 @@ def reconstructions(crosscoder: Crosscoder, target: str) -> dict[str, Interventi
     return {name: Reconstruction(codecs[name]) for name in CONDITIONS[target]}
 
 
-def trained(run: Run, bench: Bench, progress: bool = False) -> Crosscoder:
-    """The crosscoder of a run, by ``training.get_or_train``."""
-    config = train_config(run, bench.profile, bench.pair.d_model)
-    key = bench.vectors.key
-    return training.get_or_train(config, lambda: bench.x, bench.build, key, progress=progress)
-
-
 @training.fixed_threads(THREADS)
-def run_one(run: Run, bench: Bench) -> Result:
-    """Train and evaluate one run.
+def run_one(run: Run, study: Study) -> Result:
+    """Train (or find trained) and evaluate one run.
 
     Returns:
-        its row (``design``, ``fidelity``, and the mean of every measure as
-        ``<target>_<condition>_<measure>``), its outcomes prompt by prompt (``measure``), seconds.
+        its row (``design``, ``describe``, and the mean of every measure as
+        ``<target>_<condition>_<measure>``); its outcomes prompt by prompt (``measure``).
     """
-    start = time.perf_counter()
-    crosscoder = trained(run, bench)
-    ready = time.perf_counter()
-    frames = [measure(bench, t, reconstructions(crosscoder, t)) for t in bench.pair.names]
+    crosscoder = study.train({run: job(run, study)}, progress=False)[run]
+    frames = [measure(study, t, reconstructions(crosscoder, t)) for t in study.pair.names]
     outcomes = pd.concat(frames, ignore_index=True)
-    row = design(run, bench.profile, bench.pair.d_model) | fidelity(crosscoder, bench)
+    row = design(run, study.profile, study.pair.d_model) | describe(crosscoder, study)
     grouped = outcomes.groupby(["target", "condition"], sort=False)[["margin", "delta", *RATES]]
     for (target, condition), values in grouped.mean().iterrows():
         row |= {f"{target}_{condition}_{name}": value for name, value in values.items()}
-    return row, outcomes, {"train": ready - start, "evaluate": time.perf_counter() - ready}
+    return row, outcomes
 
 
 @torch.no_grad()
-def fidelity(crosscoder: Crosscoder, bench: Bench) -> dict[str, float]:
+def describe(crosscoder: Crosscoder, study: Study) -> dict[str, float]:
     """``fve_<model>``, ``l0_<block>``, ``dead_<block>`` on the training vectors;
     ``prompt_fve_<model>``, ``mse_<model>`` (normalised units) on the evaluation prompts."""
-    found, partition = {}, crosscoder.partition
-    on_vectors = training.fidelity(crosscoder, bench.x).set_index("name")
-    found |= {f"fve_{name}": on_vectors.fve[name] for name in partition.model_names}
-    found |= {f"l0_{name}": on_vectors.l0[name] for name in partition.names}
-    found |= {f"dead_{name}": on_vectors.dead_share[name] for name in partition.names}
-    z, z_hat = (crosscoder.normaliser.apply(h) for h in (bench.h, crosscoder.reconstruct(bench.h)))
+    row, partition = {}, crosscoder.partition
+    on_vectors = fidelity.fidelity(crosscoder, vectors(study).to_tensor()).set_index("name")
+    row |= {f"fve_{name}": on_vectors.fve[name] for name in partition.model_names}
+    row |= {f"l0_{name}": on_vectors.l0[name] for name in partition.names}
+    row |= {f"dead_{name}": on_vectors.dead_share[name] for name in partition.names}
+    h = prefix_cache(study).h
+    z, z_hat = (crosscoder.normaliser.apply(x) for x in (h, crosscoder.reconstruct(h)))
     error = (z_hat - z).square()
     fve = 1 - error.sum((0, 2)) / (z - z.mean(0)).square().sum((0, 2))
-    for t, name in enumerate(bench.pair.names):
-        found |= {f"prompt_fve_{name}": float(fve[t]), f"mse_{name}": float(error[:, t].mean())}
-    return found
+    for t, name in enumerate(study.pair.names):
+        row |= {f"prompt_fve_{name}": float(fve[t]), f"mse_{name}": float(error[:, t].mean())}
+    return row
 
 
 # -- what no crosscoder enters
@@ -289,127 +266,65 @@ class Scaled(Intervention):
 
 
 @training.fixed_threads(THREADS)
-def baselines(bench: Bench) -> pd.DataFrame:
-    """Outcomes (``measure``) of both models left alone (``clean``), under the ``other model``'s
-    activation, under mean patches (``tool mean``, ``neutral mean``: of the training vectors) and
-    under random patches, ``random|<ratio>|<draw>``. Made once, then read.
+def baselines(study: Study) -> pd.DataFrame:
+    """Outcomes (``measure``, levels ``condition``, ``ratio``, ``draw``) of both models left alone
+    (``clean``), under the ``other model``'s activation, under mean patches (``tool mean``,
+    ``neutral mean``: of the training vectors) and under ``random`` patches, N_DRAWS of each ratio
+    ||delta|| / ||h||; ``ratio`` and ``draw`` are NaN elsewhere. Made once, then read.
     """
-    path, d_model = bench.folder / "baselines.parquet", bench.pair.d_model
+    path = folder(study) / "baselines.parquet"
     if path.is_file():
         return pd.read_parquet(path)
-    frames = []
-    for t, target in enumerate(bench.pair.names):
+    x, frames = vectors(study).to_tensor(), []
+    for t, target in enumerate(study.pair.names):
         cells = {"clean": interventions.Clean(), "other model": interventions.OtherModel(1 - t)}
         for source in ("tool", "neutral"):
-            mean = bench.x[bench.vectors.where(source=source), t].mean(0)
-            cells[f"{source} mean"] = interventions.Patch(mean)
+            chosen = vectors(study).where(source=source)
+            cells[f"{source} mean"] = interventions.Patch(x[chosen, t].mean(0))
         for ratio in RATIOS:
-            drawn = interventions.random_directions(Scaled(ratio), N_DRAWS, d_model)
-            cells |= {f"random|{ratio:g}|{i}": cell for i, cell in enumerate(drawn)}
-        frames.append(measure(bench, target, cells))
-    found = pd.concat(frames, ignore_index=True)
-    store.write_atomically(path, found.to_parquet(index=False))
-    return found
+            drawn = interventions.random_directions(Scaled(ratio), N_DRAWS, study.pair.d_model)
+            cells |= {("random", ratio, draw): cell for draw, cell in enumerate(drawn)}
+        frames.append(measure(study, target, cells, ("condition", "ratio", "draw")))
+    outcomes = pd.concat(frames, ignore_index=True)
+    store.write_atomically(path, outcomes.to_parquet(index=False))
+    return outcomes
 
 
 # -- many runs
 
-Runner = Callable[[Sequence[Run], Profile], Iterator[tuple[Run, Result]]]
+Runner = Callable[[Sequence[Run], Study], Iterator[tuple[Run, Result]]]
 
 
-def in_process(runs: Sequence[Run], profile: Profile) -> Iterator[tuple[Run, Result]]:
-    """Here: as many as there are cores are trained side by side, then evaluated in turn.
-
-    The seconds of training that it gives are the time that passed, shared out among those runs.
-    """
-    bench, at_once = open_bench(profile), profile.side_by_side
+def in_process(runs: Sequence[Run], study: Study) -> Iterator[tuple[Run, Result]]:
+    """Here: as many as there are cores are trained side by side, then evaluated in turn."""
+    at_once = study.profile.side_by_side
     for i in range(0, len(runs), at_once):
-        some, start = runs[i : i + at_once], time.perf_counter()
-        makers = {run: partial(trained, run, bench) for run in some}
-        training.get_all(makers, at_once, progress=False)
-        each = (time.perf_counter() - start) / len(some)
-        for run in some:
-            row, outcomes, seconds = run_one(run, bench)
-            yield run, (row, outcomes, seconds | {"train": each + seconds["train"]})
-
-
-def on_ray(runs: Sequence[Run], profile: Profile) -> Iterator[tuple[Run, Result]]:
-    """On the Ray cluster at ``RAY_ADDRESS``, or a local one; the tasks of a lost node run again.
-
-    Every node needs this compendium, its environment and its build folder at the same paths (a
-    shared file system): a task that runs again finds there how far its training had come.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("the Ray runner needs: pip install -e '.[cluster]'") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    # A task that fits on no node would wait for ever.
-    most = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    needs = {"num_cpus": min(THREADS, most), "num_gpus": int(profile.device == "cuda")}
-    remote = ray.remote(max_retries=5, **needs)(in_worker)
-    waiting = {remote.remote(run, profile, str(paths.build_root())): run for run in runs}
-    while waiting:
-        (done,), _ = ray.wait(list(waiting))
-        yield waiting.pop(done), ray.get(done)
-
-
-def in_worker(run: Run, profile: Profile, build_root: str) -> Result:
-    """``run_one`` in a process of Ray's, which reads what runs share when its first task comes."""
-    os.environ["DFC_BUILD"] = build_root
-    return run_one(run, open_bench(profile))
+        beside = runs[i : i + at_once]
+        study.train({run: job(run, study) for run in beside}, progress=False)
+        yield from ((run, run_one(run, study)) for run in beside)
 
 
 def sweep(
-    runs: Sequence[Run], profile: Profile, runner: Runner = in_process, progress: bool = True
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    runs: Sequence[Run], study: Study, runner: Runner = in_process, progress: bool = True
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run what is not finished, read everything, in the order of ``runs``.
 
+    Args:
+        runner: yields every run that it is given with the result of ``run_one``, in any order.
+
     Returns:
-        the rows; the outcomes (``measure``, with a column ``run``); the seconds of each run.
+        the rows; the outcomes (``measure``, with a column ``run``).
     """
-    path = open_bench(profile).path
-    todo = [run for run in runs if not path(run).is_file()]
+    paths = {run: result_path(run, study) for run in runs}
+    todo = [run for run, path in paths.items() if not path.is_file()]
     done = len(runs) - len(todo)
     with tqdm(total=len(runs), initial=done, unit=" runs", disable=not progress) as bar:
-        for run, (row, outcomes, seconds) in runner(todo, profile) if todo else ():
+        for run, (row, outcomes) in runner(todo, study) if todo else ():
             table = outcomes.to_parquet(index=False)
-            store.write_atomically(path(run).with_suffix(".parquet"), table)
-            content = json.dumps({"row": row, "seconds": seconds}, indent=1)
-            store.write_atomically(path(run), content + "\n")  # last: it marks the run as finished
+            store.write_atomically(paths[run].with_suffix(".parquet"), table)
+            # Last: it marks the run as finished.
+            store.write_atomically(paths[run], json.dumps(row, indent=1) + "\n")
             bar.update()
-    finished = [json.loads(path(run).read_text()) for run in runs]
-    outcomes = [pd.read_parquet(path(run).with_suffix(".parquet")) for run in runs]
-    return (
-        pd.DataFrame([one["row"] for one in finished]),
-        pd.concat(outcomes, keys=[run.name for run in runs], names=["run"]).reset_index(level=0),
-        pd.DataFrame([{"run": one["row"]["run"], **one["seconds"]} for one in finished]),
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dfc_lib.steering.sweep", description=__doc__)
-    parser.add_argument("--profile", default="toy")
-    parser.add_argument("--ray", action="store_true", help="on the cluster at RAY_ADDRESS, or here")
-    options, start = parser.parse_args(arguments), time.perf_counter()
-    try:
-        bench = open_bench(profiles.load(options.profile))
-        print("about ten minutes at toy on two cores; finished runs are skipped", flush=True)
-        baselines(bench)
-        rows, _, seconds = sweep(grid(), bench.profile, on_ray if options.ray else in_process)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    minutes = (time.perf_counter() - start) / 60
-    means = seconds[["train", "evaluate"]].mean().round(1).to_dict()
-    print(f"{len(rows)} runs, {minutes:.1f} minutes this time; mean seconds per run: {means}")
-    print(f"results: {bench.folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    from dfc_lib.steering import sweep as module
-
-    sys.exit(module.main())
+    rows = pd.DataFrame([json.loads(path.read_text()) for path in paths.values()])
+    outcomes = {run.name: pd.read_parquet(p.with_suffix(".parquet")) for run, p in paths.items()}
+    return rows, pd.concat(outcomes, names=["run"]).reset_index(level=0)
