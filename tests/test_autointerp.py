@@ -288,11 +288,12 @@ def test_interval_covers_the_truth():
 # -- the code of a crosscoder, the scrambled model
 
 
-def test_codes_are_those_of_encode(corpus):
+def test_codes_are_those_of_encode(corpus, monkeypatch):
+    monkeypatch.setattr(windows, "_BATCH", 100)
     x = torch.randn(len(corpus) + 5, 2, 8, generator=torch.Generator().manual_seed(0))
     crosscoder = SimpleNamespace(device="cpu", encode=lambda x: x.flatten(1).relu())
     source = SimpleNamespace(gather=lambda rows: x[torch.as_tensor(rows)])
-    found = windows.codes(crosscoder, source, corpus, batch_size=100).toarray()
+    found = windows.codes(crosscoder, source, corpus).toarray()
     np.testing.assert_array_equal(found, x[corpus.rows].flatten(1).relu())
 
 

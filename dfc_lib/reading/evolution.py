@@ -66,7 +66,8 @@ class Streams:
     With ``noise`` it is a null: what is specific to a noisy copy is the instrument's doing.
 
     Attributes:
-        caches: of one model each, one per stream, in the order of the model axis; a cache may occur more than once.
+        caches: of one model each, one per stream, in the order of the model axis; a cache may occur
+            more than once.
         noise: per stream, the root mean square norm of isotropic Gaussian noise, raw units; none if
             empty. It repeats after 2**15 samples, so that it is a function of the index.
         seed: of the noise.
@@ -261,8 +262,9 @@ def matched_sets(
 def on_text(models: Mapping[str, Any], texts: Sequence[Sequence[int]]) -> "pd.DataFrame":
     """How models predict given texts (token ids), and how far that is from the first model's.
 
-    Texts have two tokens or more. Returns one line per (text, model): ``text`` (index), ``model``, ``n`` tokens predicted (all but
-    the first), ``nll`` (mean negative log-likelihood, nats), ``kl`` (mean KL(first || model)).
+    Texts have two tokens or more. Returns one line per (text, model): ``text`` (index), ``model``,
+    ``n`` tokens predicted (all but the first), ``nll`` (mean negative log-likelihood, nats), ``kl``
+    (mean KL(first || model)).
     """
     import pandas as pd
 
@@ -277,7 +279,8 @@ def on_text(models: Mapping[str, Any], texts: Sequence[Sequence[int]]) -> "pd.Da
             first = logp if first is None else first
             kl = (first.exp() * (first - logp)).sum(-1)
             nll = -logp.gather(2, ids[:, 1:, None])[..., 0]
-            means = ((torch.where(real, x, 0.0).sum(1) / n).tolist() for x in (nll, kl))
-            columns = {"text": items, "model": name, "n": n.numpy()}
-            rows.append(pd.DataFrame(columns | dict(zip(("nll", "kl"), means, strict=True))))
+            row = {"text": items, "model": name, "n": n}
+            for measure, x in (("nll", nll), ("kl", kl)):
+                row[measure] = (torch.where(real, x, 0.0).sum(1) / n).tolist()
+            rows.append(pd.DataFrame(row))
     return pd.concat(rows).sort_values("text", kind="stable", ignore_index=True)
