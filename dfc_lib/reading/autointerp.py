@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import nn
+from tqdm.auto import tqdm
 
 from dfc_lib.reading.windows import MARKS, Corpus, Example, Examples, visible
 from dfc_lib.results import statistics
 from dfc_lib.store import write_atomically
 
 if TYPE_CHECKING:
-    import pandas as pd
     from openai import OpenAI
 
 Kind = Literal["structural", "mixed", "content", "unknown"]
@@ -308,7 +309,7 @@ def interpret(
     cases: Mapping[Hashable, Examples],
     explainer: PredicateExplainer | OpenAIExplainer,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Explain every feature, score it, and score it again with another feature's explanation.
 
     Args:
@@ -320,9 +321,6 @@ def interpret(
         detection), and for both tasks ``detection`` and ``fuzzing``, the score, with ``_low``,
         ``_high``, ``_n``, ``_unread`` (see ``Score``) and ``_shuffled`` (NaN for a lone feature).
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     explained = {k: explainer.explain(case.explain) for k, case in tqdm(cases.items(), "explain")}
     keys = list(cases)
     order = np.random.default_rng(seed).permutation(len(keys))  # a cycle leaves none in its place

@@ -3,30 +3,27 @@
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
+from jinja2 import Template
 from torch import Tensor, nn
 
 from dfc_lib.reading.windows import Corpus, Example, visible
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @torch.no_grad()
 def logit_effect(
     model: nn.Module, direction: Float[Tensor, " d_model"], tokenizer: Any, n: int = 8
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Tokens that a direction promotes most and least, through the final norm and the unembedding.
 
     A direct reading that leaves out all blocks above the site. Columns ``side`` (promoted or
     suppressed), ``token`` and ``effect``, the logit less its mean over the vocabulary.
     """
-    import pandas as pd
-
     head = model.get_output_embeddings()
     logits = head(model.model.norm(direction.to(head.weight)[None]))[0].float().cpu()
     effect, order = logits - logits.mean(), logits.argsort(descending=True, stable=True)
@@ -70,7 +67,7 @@ def dashboard(
     activation: Float[np.ndarray, " row"],
     shown: Sequence[Example],
     scores: Mapping[str, Any],
-    effect: "pd.DataFrame",
+    effect: pd.DataFrame,
 ) -> str:
     """One feature on a page that needs nothing else: no script, font or picture from outside.
 
@@ -82,8 +79,6 @@ def dashboard(
         scores: a row of ``autointerp.interpret``.
         effect: what ``logit_effect`` gives.
     """
-    from jinja2 import Template
-
     on = activation[activation > 0]
     largest = float(on.max())
     rate = f"Active at {len(on):,} of {len(activation):,} tokens ({len(on) / len(activation):.2%})."

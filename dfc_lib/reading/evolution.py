@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -22,9 +23,6 @@ from dfc_lib.data import activations
 from dfc_lib.data.activations import Activations
 from dfc_lib.data.pair import Pair, load_model
 from dfc_lib.steering.prefix import padded
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _BATCH = 64  # texts in one forward pass
 
@@ -259,15 +257,13 @@ def matched_sets(
 
 
 @torch.no_grad()
-def on_text(models: Mapping[str, Any], texts: Sequence[Sequence[int]]) -> "pd.DataFrame":
+def on_text(models: Mapping[str, Any], texts: Sequence[Sequence[int]]) -> pd.DataFrame:
     """How models predict given texts (token ids), and how far that is from the first model's.
 
     Texts have two tokens or more. Returns one line per (text, model): ``text`` (index), ``model``,
     ``n`` tokens predicted (all but the first), ``nll`` (mean negative log-likelihood, nats), ``kl``
     (mean KL(first || model)).
     """
-    import pandas as pd
-
     order, rows = sorted(range(len(texts)), key=lambda i: len(texts[i])), []
     for items in (order[i : i + _BATCH] for i in range(0, len(order), _BATCH)):
         ids, at, lengths = padded([texts[i] for i in items], torch.device("cpu"))

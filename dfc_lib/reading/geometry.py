@@ -10,15 +10,13 @@ compared with permuted labels.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 
 from dfc_lib.crosscoder.model import Crosscoder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 METHODS = ("k-means", "HDBSCAN")
 
@@ -201,14 +199,13 @@ def _nmi(tables: np.ndarray) -> np.ndarray:
 
 def recovery(
     rows: Rows, seed: int = 0, n_permutations: int = 1_000
-) -> "tuple[pd.DataFrame, Float[np.ndarray, 'feature 2']]":
+) -> tuple[pd.DataFrame, Float[np.ndarray, "feature 2"]]:
     """How well clusters recover the blocks (two or more), in the original space and on the plane.
 
     Returns:
         one line per (space, method) with ``silhouette`` (of the blocks, not of the clusters) and
         the columns of ``agreement``; and the plane, for the picture.
     """
-    import pandas as pd
     from sklearn.metrics import silhouette_score
 
     spaces, lines = {"original": rows.vectors, "plane": plane(rows.vectors, seed)}, []

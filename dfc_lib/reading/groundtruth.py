@@ -17,9 +17,10 @@ blocks explain) are here too, since they are read beside those that do.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -27,9 +28,6 @@ from torch import Tensor
 from dfc_lib.crosscoder.batches import ActivationSource, AnyActivations
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import iterate_batches
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MIN_COSINE = 0.9  # from here on two directions count as the same
 _BANK = 2**15  # samples after which the noise of a null pair repeats
@@ -331,7 +329,7 @@ def recovery(
     claims: Claims,
     truth: Truth,
     live: Bool[Tensor, " d_dict"],
-) -> tuple["pd.DataFrame", "pd.DataFrame"]:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Hold claims against the truth.
 
     Args:
@@ -345,8 +343,6 @@ def recovery(
         ``score``, ``is_true`` (its row in ``model`` matches an exclusive feature of that model) and
         ``is_shared`` (its row matches a shared feature).
     """
-    import pandas as pd
-
     planted, matches = [], torch.zeros(2, len(W_dec), dtype=torch.bool)  # exclusive, shared
     for m, name in enumerate("AB"):
         exclusive, mine = truth.exclusive(m), claims.model == m
@@ -370,7 +366,7 @@ def recovery(
     return pd.concat(planted, ignore_index=True), learned
 
 
-def rates(planted: "pd.DataFrame", learned: "pd.DataFrame", threshold: float) -> dict[str, float]:
+def rates(planted: pd.DataFrame, learned: pd.DataFrame, threshold: float) -> dict[str, float]:
     """Recall and false positives of one threshold, from the tables of ``recovery``.
 
     ``recall``: share of the planted exclusive features that a claimed feature matches.
@@ -392,15 +388,13 @@ def rates(planted: "pd.DataFrame", learned: "pd.DataFrame", threshold: float) ->
     }
 
 
-def sweep(planted: "pd.DataFrame", learned: "pd.DataFrame") -> "pd.DataFrame":
+def sweep(planted: pd.DataFrame, learned: pd.DataFrame) -> pd.DataFrame:
     """``rates`` at every threshold that changes something, from strict to lax."""
-    import pandas as pd
-
     scores = np.unique(learned.score[np.isfinite(learned.score)])[::-1]
     return pd.DataFrame([rates(planted, learned, t) for t in (np.inf, *scores)])
 
 
-def threshold_at(curve: "pd.DataFrame", false_positive_rate: float) -> float:
+def threshold_at(curve: pd.DataFrame, false_positive_rate: float) -> float:
     """The laxest threshold of a ``sweep`` with at most this false-positive rate."""
     return float(curve.threshold[curve.false_positive_rate <= false_positive_rate + 1e-12].min())
 
@@ -412,7 +406,7 @@ def threshold_at(curve: "pd.DataFrame", false_positive_rate: float) -> float:
 @torch.no_grad()
 def block_table(
     crosscoder: Crosscoder, activations: AnyActivations, min_rate: float = 0.0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What each exclusive block does: live features and their share of explained variance.
 
     Args:
@@ -423,8 +417,6 @@ def block_table(
         ``fve`` of the model, and ``share``: by how much that fraction of variance explained drops
         when the block's features are left out of the reconstruction.
     """
-    import pandas as pd
-
     partition, W_dec = crosscoder.partition, crosscoder.W_dec
     owned = [
         (block, partition.slice(block.name), *block.models)
@@ -461,7 +453,7 @@ def block_table(
 @torch.no_grad()
 def mirrors(
     crosscoder: Crosscoder, activations: AnyActivations, min_rate: float = 0.0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Pairs of an A-exclusive and a B-exclusive feature that are the same direction.
 
     A feature that both models have and that was written into both exclusive blocks looks like this:
@@ -472,8 +464,6 @@ def mirrors(
         ``feature_B``, ``cosine``, ``overlap`` (samples on which both fire over samples on which
         either does).
     """
-    import pandas as pd
-
     a, b = (crosscoder.partition.slice(f"{m}_exclusive") for m in crosscoder.partition.model_names)
     n, both, fired = 0, 0.0, 0.0
     for _, f in _encoded(crosscoder, activations):

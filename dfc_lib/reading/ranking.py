@@ -6,23 +6,21 @@ the prompts on which the ranked features are then evaluated.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
+from scipy.sparse import csc_array, issparse, sparray, spmatrix
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from scipy.sparse import csc_array, sparray, spmatrix
-
-    Codes = np.ndarray | torch.Tensor | sparray | spmatrix
+Codes = np.ndarray | torch.Tensor | sparray | spmatrix
 
 _CHUNK = 2**21  # activations looked at together: some 200 MB of scratch if all of them are non-zero
 
 
-def discriminability(positive: "Codes", negative: "Codes") -> "pd.DataFrame":
+def discriminability(positive: Codes, negative: Codes) -> pd.DataFrame:
     """How well every feature separates positive from negative prompts.
 
     Top-k codes are nearly all zeros, and the zeros of a feature are one big tie. So a feature is
@@ -49,8 +47,6 @@ def discriminability(positive: "Codes", negative: "Codes") -> "pd.DataFrame":
         ValueError: shapes that do not fit, a side with fewer than two prompts, values that are NaN
             or infinite; names the argument.
     """
-    import pandas as pd
-
     sides = _sparse(positive, "positive"), _sparse(negative, "negative")
     n_features, other = sides[0].shape[1], sides[1].shape[1]
     if n_features != other:
@@ -67,10 +63,8 @@ def discriminability(positive: "Codes", negative: "Codes") -> "pd.DataFrame":
     return pd.concat(parts, ignore_index=True).rename_axis("feature")
 
 
-def _sparse(side: "Codes", name: str) -> "csc_array":
+def _sparse(side: Codes, name: str) -> csc_array:
     """The non-zero activations by feature, float64."""
-    from scipy.sparse import csc_array, issparse
-
     if len(side.shape) != 2 or side.shape[0] < 2:
         raise ValueError(
             f"{name} has shape {tuple(side.shape)}; it must be (n_prompts, n_features), and a "
@@ -89,10 +83,8 @@ def _sparse(side: "Codes", name: str) -> "csc_array":
     return side
 
 
-def _separation(sides: "Sequence[csc_array]") -> "pd.DataFrame":
+def _separation(sides: Sequence[csc_array]) -> pd.DataFrame:
     """The measures of one chunk of features, from the positive and the negative prompts."""
-    import pandas as pd
-
     n = np.array([[side.shape[0]] for side in sides])
     every = np.arange(sides[0].shape[1])
 
@@ -147,7 +139,7 @@ def _separation(sides: "Sequence[csc_array]") -> "pd.DataFrame":
 # from measures to ranks
 
 
-def rank_within_blocks(table: "pd.DataFrame", blocks: Mapping[str, slice]) -> "pd.DataFrame":
+def rank_within_blocks(table: pd.DataFrame, blocks: Mapping[str, slice]) -> pd.DataFrame:
     """Order the features of each block by Cohen's d, most positive first.
 
     Args:
@@ -162,8 +154,6 @@ def rank_within_blocks(table: "pd.DataFrame", blocks: Mapping[str, slice]) -> "p
     Raises:
         ValueError: a slice reaches beyond the table.
     """
-    import pandas as pd
-
     parts = []
     for name, block in blocks.items():
         if block.stop > len(table):

@@ -11,16 +11,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float, Int64, UInt64
+from scipy.sparse import csc_array, csr_array, vstack
 
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data.activations import Activations
-
-if TYPE_CHECKING:
-    from scipy.sparse import csc_array
 
 # Words that complete "the token ...", and whether they speak of structure alone (tags, role
 # markers, positions, punctuation of JSON).
@@ -219,10 +218,8 @@ class Corpus:
         return np.stack([of_template, np.bincount(self.token, minlength=size)])
 
 
-def codes(crosscoder: Crosscoder, activations: Activations, corpus: Corpus) -> "csc_array":
+def codes(crosscoder: Crosscoder, activations: Activations, corpus: Corpus) -> csc_array:
     """The code at every row of the corpus: a sparse (row, d_dict) array, float32."""
-    from scipy.sparse import csr_array, vstack
-
     parts = []
     for rows in np.array_split(corpus.rows, range(_BATCH, len(corpus), _BATCH)):
         x = activations.gather(rows).to(crosscoder.device)
@@ -305,8 +302,6 @@ def _active(
 
 def _first(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The first row of each key, in the order given."""
-    import pandas as pd
-
     return rows[~pd.Series(keys[rows]).duplicated().to_numpy()]
 
 
@@ -314,8 +309,6 @@ def _quiet(
     corpus: Corpus, rows: np.ndarray, positive: np.ndarray, rng
 ) -> list[tuple[int, Literal["hard", "easy"]]]:
     """As many inactive rows as there are active ones, no text and no window twice."""
-    import pandas as pd
-
     rows = _first(corpus.window, rng.permutation(rows))
     same = rows[np.isin(corpus.token[rows], corpus.token[positive])]
     # Its tokens take turns, so that a frequent one does not take all places.
