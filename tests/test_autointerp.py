@@ -4,6 +4,7 @@ explainer against a real HTTP server on this machine."""
 import json
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -225,7 +226,7 @@ def test_predicates_find_what_was_planted(corpus, cases, name):
 
 
 def test_planted_features_score_high_and_shuffled_explanations_near_chance(corpus, cases):
-    table = autointerp.interpret(cases, PredicateExplainer(corpus), progress=False)
+    table = autointerp.interpret(cases, PredicateExplainer(corpus))
     assert (table[["detection", "fuzzing"]] > 0.95).all(axis=None)
     assert abs(table[["detection_shuffled", "fuzzing_shuffled"]].mean().mean() - 0.5) < 0.1
     assert (table.detection_n == [len(case.detection) for case in cases.values()]).all()
@@ -233,9 +234,7 @@ def test_planted_features_score_high_and_shuffled_explanations_near_chance(corpu
 
 
 def test_a_lone_feature_has_no_shuffled_score(corpus, cases):
-    table = autointerp.interpret(
-        {"x": cases["a token"]}, PredicateExplainer(corpus), progress=False
-    )
+    table = autointerp.interpret({"x": cases["a token"]}, PredicateExplainer(corpus))
     assert table.detection_shuffled.isna().all()
 
 
@@ -250,7 +249,7 @@ def test_no_feature_is_scored_with_its_own_explanation_when_shuffled(cases):
             asked.append((explanation.text, examples))
             return [e.active for e in examples]
 
-    autointerp.interpret(cases, Spy(), progress=False)
+    autointerp.interpret(cases, Spy())
     own = [str(id(case.explain)) for case in cases.values() for _ in range(2)]
     assert [text for text, _ in asked[0::2]] == own
     assert all(a != b for (a, _), b in zip(asked[1::2], own, strict=True))
@@ -289,11 +288,12 @@ def test_interval_covers_the_truth():
 # -- the code of a crosscoder, the scrambled model
 
 
-def test_codes_are_those_of_encode(corpus):
+def test_codes_are_those_of_encode(corpus, monkeypatch):
+    monkeypatch.setattr(windows, "_BATCH", 100)
     x = torch.randn(len(corpus) + 5, 2, 8, generator=torch.Generator().manual_seed(0))
     crosscoder = SimpleNamespace(device="cpu", encode=lambda x: x.flatten(1).relu())
     source = SimpleNamespace(gather=lambda rows: x[torch.as_tensor(rows)])
-    found = windows.codes(crosscoder, source, corpus, batch_size=100).toarray()
+    found = windows.codes(crosscoder, source, corpus).toarray()
     np.testing.assert_array_equal(found, x[corpus.rows].flatten(1).relu())
 
 
@@ -329,7 +329,7 @@ def test_the_table_escapes_text_and_marks_strong_tokens():
 
 def test_a_dashboard_is_self_contained_and_the_same_every_time(corpus, cases):
     activation = planted(corpus, is_token(corpus, " cow"))
-    scores = autointerp.interpret(cases, PredicateExplainer(corpus), progress=False).iloc[0]
+    scores = autointerp.interpret(cases, PredicateExplainer(corpus)).iloc[0]
     effect = pd.DataFrame({"side": ["promoted"], "token": ["<b>"], "effect": [1.0]})
     pages = [
         dashboard.dashboard(
@@ -440,7 +440,7 @@ def cow(corpus):
 
 
 def test_an_endpoint_explains_and_judges(server, explainer, cow):
-    table = autointerp.interpret({"cow": cow}, explainer, progress=False)
+    table = autointerp.interpret({"cow": cow}, explainer)
     assert table.explanation.item() == "cows"
     assert table.kind.item() == "content"
     assert table.fuzzing.item() > 0.9
@@ -451,11 +451,11 @@ def test_an_endpoint_explains_and_judges(server, explainer, cow):
     assert "« cow»" in server.requests[0]["messages"][1]["content"]
 
 
-def test_a_rerun_makes_no_request(server, explainer, cow, tmp_path):
-    first = autointerp.interpret({"cow": cow}, explainer, progress=False)
+def test_a_rerun_makes_no_request(server, explainer, cow):
+    first = autointerp.interpret({"cow": cow}, explainer)
     made = len(server.requests)
-    again = autointerp.OpenAIExplainer("a-model", tmp_path / "kept", server.url, "another key")
-    second = autointerp.interpret({"cow": cow}, again, progress=False)
+    again = replace(explainer, client=explainer.client.with_options(api_key="another key"))
+    second = autointerp.interpret({"cow": cow}, again)
     assert len(server.requests) == made
     pd.testing.assert_frame_equal(first, second)
 
@@ -463,10 +463,10 @@ def test_a_rerun_makes_no_request(server, explainer, cow, tmp_path):
 def test_a_killed_run_goes_on(server, explainer, cow):
     server.script = ["good", "good", "denied"]
     with pytest.raises(autointerp.ExplainerError):
-        autointerp.interpret({"cow": cow}, explainer, progress=False)
+        autointerp.interpret({"cow": cow}, explainer)
     server.script = ["good"]
     made = len(server.requests)
-    autointerp.interpret({"cow": cow}, explainer, progress=False)
+    autointerp.interpret({"cow": cow}, explainer)
     whole = 1 + 2 * sum(-(-len(part) // explainer.batch) for part in cow[1:])
     asked = {json.dumps(r["messages"]) for r in server.requests}
     assert len(server.requests) == len(asked) + 1  # the one that was denied is asked again
@@ -481,10 +481,8 @@ def test_rate_limits_are_waited_for(server, explainer, cow):
     assert np.diff(server.times).min() >= 0.4
 
 
-def test_timeouts_are_tried_again(server, explainer, cow, tmp_path):
-    impatient = autointerp.OpenAIExplainer(
-        "a-model", tmp_path / "kept", server.url, KEY, timeout=0.3, max_retries=2
-    )
+def test_timeouts_are_tried_again(server, explainer, cow):
+    impatient = replace(explainer, client=explainer.client.with_options(timeout=0.3, max_retries=2))
     server.script = ["slow", "good"]
     assert impatient.explain(cow.explain).text == "cows"
     server.script = ["slow"]
@@ -521,7 +519,7 @@ def test_single_odd_values_lose_only_themselves(server, explainer):
 
 def test_an_unread_explanation_leaves_its_feature_out(server, explainer, cow):
     server.script = ["I cannot answer in JSON."]
-    table = autointerp.interpret({"cow": cow}, explainer, progress=False)
+    table = autointerp.interpret({"cow": cow}, explainer)
     assert table.explanation.item() == ""
     assert table.kind.item() == "unknown"
     assert np.isnan(table.detection.item())

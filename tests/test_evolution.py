@@ -254,8 +254,6 @@ def test_top_specific_takes_the_highest_live_scores_and_ties_by_index():
     live = torch.tensor([False, True, True, True, True, True])
     assert evolution.top_specific(score, 2, live).tolist() == [2, 4]
     assert evolution.top_specific(score, 4, live).tolist() == [1, 2, 4, 5]
-    with pytest.raises(ValueError, match="n = 5 of only 4"):
-        evolution.top_specific(score, 5, live)
 
 
 def test_overlap_and_its_matched_form_agree_where_both_apply():
@@ -337,8 +335,6 @@ def test_caches_that_do_not_fit_are_refused(models, caches, tmp_path, monkeypatc
     )
     with pytest.raises(ValueError, match="not of the same tokens"):
         evolution.Streams((caches["RL"], other["base"]))
-    with pytest.raises(ValueError, match="noise has 1 entries for 2"):
-        evolution.Streams((caches["RL"], caches["base"]), noise=(1.0,))
 
 
 # -- the compact set
@@ -363,8 +359,6 @@ def test_answer_codes_average_over_the_tokens_that_decide_the_answer(models):
     h = residual(models["RL"], 1, torch.tensor([texts[0]]))[0, 2:4]  # predict tokens 3 and 4
     torch.testing.assert_close(found[0], evolution.own_code(crosscoder, h, "RL").mean(0))
     assert found.shape == (2, 20)
-    with pytest.raises(ValueError, match=r"texts\[0\].*no answer"):
-        evolution.answer_codes(crosscoder, pair, "RL", [[3, 4]], [2])
 
 
 def test_selection_by_hand():
@@ -383,8 +377,6 @@ def test_selection_by_hand():
     assert {name: s.tolist() for name, s in sets.items()} == {"food": [0], "music": [1, 3]}
     assert common.tolist() == []
     assert evolution.select(-gain[0].abs()).tolist() == []
-    with pytest.raises(ValueError, match="2 entries for 3"):
-        evolution.select_by_family(gain, ["food", "music"])
 
 
 def test_matched_sets_are_as_large_disjoint_allowed_and_of_like_activation():
@@ -408,9 +400,10 @@ def test_matched_sets_are_as_large_disjoint_allowed_and_of_like_activation():
 # -- forgetting
 
 
-def test_on_text_is_each_models_likelihood_and_divergence_from_the_first(models):
+def test_on_text_is_each_models_likelihood_and_divergence_from_the_first(models, monkeypatch):
+    monkeypatch.setattr(evolution, "_BATCH", 2)
     texts = [[3, 4, 5, 6, 7, 8], [9, 10], [11, 12, 13]]
-    table = evolution.on_text(models, texts, batch_size=2)
+    table = evolution.on_text(models, texts)
     assert table.text.tolist() == [0, 0, 1, 1, 2, 2]
     for i, text in enumerate(texts):
         logp = {
@@ -426,5 +419,3 @@ def test_on_text_is_each_models_likelihood_and_divergence_from_the_first(models)
             assert row.kl == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
     assert (table[table.model == "base"].kl == 0).all()
     assert (table[table.model == "RL"].kl > 0).all()
-    with pytest.raises(ValueError, match=r"texts \[1\]"):
-        evolution.on_text(models, [[3, 4], [5]])

@@ -94,16 +94,6 @@ def test_seeds_reproduce_samples_and_truth_does_not_depend_on_n(sample):
     assert not torch.equal(gt.sample(CONFIG, 50, 4).truth.directions, sample.truth.directions)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"max_rate": 1.5}, {"exclusive_rates": (0.0,)}, {"factor_share": -0.1}, {"n_shared": 0}],
-)
-def test_impossible_worlds_are_refused(wrong):
-    """A world that cannot be is accepted, or the message does not say what is wrong."""
-    with pytest.raises(ValueError, match=r"rate|factor_share|n_shared"):
-        gt.PlantedConfig(**wrong)
-
-
 def test_null_pairs_double_a_stream():
     """The copy differs from the stream, or its noise has another size or changes between calls."""
     x = torch.randn(500, 2, 16)

@@ -243,7 +243,7 @@ def test_unrelated_rankings_overlap_by_chance():
 @pytest.mark.parametrize(
     ("a", "b", "top", "message"),
     [
-        ([1, 2], [1], 1, r"scores_a has shape \(2,\)"),
+        ([1, 2], [1], 1, "2 and 1 scores"),
         ([1, nan], [1, 2], 1, "NaN"),
         ([1, 2], [1, 2], 0, "top is 0"),
         ([1, 2], [1, 2], 3, "top is 3"),

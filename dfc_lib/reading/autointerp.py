@@ -14,23 +14,22 @@ import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import nan, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import nn
+from tqdm.auto import tqdm
 
 from dfc_lib.reading.windows import MARKS, Corpus, Example, Examples, visible
 from dfc_lib.results import statistics
 from dfc_lib.store import write_atomically
 
 if TYPE_CHECKING:
-    import pandas as pd
     from openai import OpenAI
 
 Kind = Literal["structural", "mixed", "content", "unknown"]
@@ -115,9 +114,7 @@ class PredicateExplainer:
         better = merit[pair] > merit[single, single] + self.margin
         rule = tuple(library[i] for i in (pair if better else (single,)))
         structural = {p.structural for p in rule}
-        kind = (
-            "mixed" if len(structural) == 2 else "structural" if True in structural else "content"
-        )
+        kind = {(True,): "structural", (False,): "content"}.get(tuple(structural), "mixed")
         return Explanation("the token " + " and ".join(p.words for p in rule), kind, rule)
 
     def _token_predicates(self, rows: np.ndarray, fires: np.ndarray) -> list[Predicate]:
@@ -171,33 +168,37 @@ class OpenAIExplainer:
     Attributes:
         model: the model's name at the endpoint.
         cache_dir: where answers are kept.
-        base_url: of the endpoint, up to and including ``/v1``; never written anywhere.
+        client: of the endpoint; neither its address nor its key is written anywhere.
         batch: snippets judged in one request.
-        timeout: seconds until an attempt counts as failed.
-        max_retries: further attempts.
     """
 
     model: str
     cache_dir: Path
-    base_url: str = field(repr=False)
-    api_key: str = field(repr=False)
+    client: "OpenAI" = field(repr=False)
     batch: int = 10
-    timeout: float = 60.0
-    max_retries: int = 5
 
     @classmethod
-    def from_environment(cls, cache_dir: str | Path, **options: Any) -> "OpenAIExplainer":
+    def from_environment(
+        cls, cache_dir: str | Path, timeout: float = 60.0, max_retries: int = 5
+    ) -> "OpenAIExplainer":
         """Endpoint, model and key from ``DFC_OPENAI_BASE_URL`` (default: OpenAI's own),
         ``DFC_OPENAI_MODEL`` and ``OPENAI_API_KEY`` (a local server may need none).
+
+        Args:
+            timeout: seconds until an attempt counts as failed.
+            max_retries: further attempts.
 
         Raises:
             ExplainerError: no model is named.
         """
+        from openai import OpenAI
+
         if not (model := os.environ.get("DFC_OPENAI_MODEL")):
             raise ExplainerError("set DFC_OPENAI_MODEL to the model's name at the endpoint")
         base_url = os.environ.get("DFC_OPENAI_BASE_URL") or "https://api.openai.com/v1"
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        return cls(model, Path(cache_dir), base_url, key, **options)
+        client = OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=max_retries)
+        return cls(model, Path(cache_dir), client)
 
     def explain(self, examples: Sequence[Example]) -> Explanation:
         """What the model says that the active examples have in common."""
@@ -211,9 +212,8 @@ class OpenAIExplainer:
         said, structural = answer.get("explanation"), answer.get("structural")
         if not isinstance(said, str) or not said.strip():
             return Explanation("", "unknown")
-        if not isinstance(structural, bool):
-            return Explanation(said.strip(), "unknown")
-        return Explanation(said.strip(), "structural" if structural else "content")
+        kind = "structural" if structural else "content"
+        return Explanation(said.strip(), kind if isinstance(structural, bool) else "unknown")
 
     def judge(self, explanation: Explanation, examples: Sequence[Example]) -> list[bool | None]:
         """As :meth:`PredicateExplainer.judge`; None where no answer could be read."""
@@ -236,29 +236,24 @@ class OpenAIExplainer:
             answers += [a if isinstance(a, bool) else None for a in given]
         return answers
 
-    @cached_property
-    def _client(self) -> "OpenAI":
-        from openai import OpenAI
-
-        limits = {"timeout": self.timeout, "max_retries": self.max_retries}
-        return OpenAI(api_key=self.api_key, base_url=self.base_url, **limits)
-
     def _ask(self, system: str, user: str) -> dict[str, Any]:
         """The JSON object in the answer, fenced or not; empty where there is none."""
         from openai import OpenAIError
 
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         request = {"model": self.model, "messages": messages, "temperature": 0}
-        identity = json.dumps([urlsplit(self.base_url).hostname, request], sort_keys=True)
+        identity = json.dumps([self.client.base_url.host, request], sort_keys=True)
         path = self.cache_dir / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
         if not path.is_file():
             try:
-                reply = self._client.chat.completions.create(**request)
-                answer = (reply.choices[0].message.content or "").replace(self.api_key, "***")
+                reply = self.client.chat.completions.create(**request)
+                answer = (reply.choices[0].message.content or "").replace(
+                    self.client.api_key, "***"
+                )
             except (ValueError, AttributeError, IndexError, TypeError):
                 return {}  # not a reply of this API; not kept, so that a rerun asks again
             except OpenAIError as error:
-                said = f"{type(error).__name__}: {error}".replace(self.api_key, "***")[:500]
+                said = f"{type(error).__name__}: {error}".replace(self.client.api_key, "***")[:500]
                 # `from None`: the original error carries the request, and so the key.
                 raise ExplainerError(
                     f"{said} (check DFC_OPENAI_BASE_URL, DFC_OPENAI_MODEL and OPENAI_API_KEY; "
@@ -314,8 +309,7 @@ def interpret(
     cases: Mapping[Hashable, Examples],
     explainer: PredicateExplainer | OpenAIExplainer,
     seed: int = 0,
-    progress: bool = True,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Explain every feature, score it, and score it again with another feature's explanation.
 
     Args:
@@ -327,33 +321,26 @@ def interpret(
         detection), and for both tasks ``detection`` and ``fuzzing``, the score, with ``_low``,
         ``_high``, ``_n``, ``_unread`` (see ``Score``) and ``_shuffled`` (NaN for a lone feature).
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
-    bar = {"disable": not progress, "dynamic_ncols": True}
-    explained = {
-        key: explainer.explain(case.explain)
-        for key, case in tqdm(cases.items(), desc="explain", **bar)
-    }
+    explained = {k: explainer.explain(case.explain) for k, case in tqdm(cases.items(), "explain")}
     keys = list(cases)
     order = np.random.default_rng(seed).permutation(len(keys))  # a cycle leaves none in its place
     other = {keys[a]: keys[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
     rows = []
-    for key, case in tqdm(cases.items(), desc="score", **bar):
+    for key, case in tqdm(cases.items(), "score"):
         row = {"explanation": explained[key].text, "kind": explained[key].kind}
-        row |= {"n_explain": len(case.explain), "n_hard": sum(e.kind == "hard" for e in case[1])}
-        for task, asked in (("detection", case.detection), ("fuzzing", case.fuzzing)):
-            truth = [e.active for e in asked]
+        row |= {"n_explain": len(case.explain)}
+        row |= {"n_hard": sum(e.kind == "hard" for e in case.detection)}
+        for task in ("detection", "fuzzing"):
+            asked = getattr(case, task)
             own, shuffled = (
-                balanced_accuracy(truth, explainer.judge(explained[k], asked))
+                balanced_accuracy([e.active for e in asked], explainer.judge(explained[k], asked))
                 for k in (key, other[key])
             )
             row |= {f"{task}_{name}": value for name, value in own._asdict().items()}
             row[task] = row.pop(f"{task}_score")
             row[f"{task}_shuffled"] = shuffled.score if len(keys) > 1 else nan
         rows.append(row)
-    index = pd.MultiIndex.from_tuples([k if isinstance(k, tuple) else (k,) for k in keys])
-    return pd.DataFrame(rows, index=index)
+    return pd.DataFrame(rows, index=pd.Index(keys))
 
 
 def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:

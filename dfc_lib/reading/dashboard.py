@@ -3,38 +3,34 @@
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
+from jinja2 import Template
 from torch import Tensor, nn
 
 from dfc_lib.reading.windows import Corpus, Example, visible
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @torch.no_grad()
 def logit_effect(
     model: nn.Module, direction: Float[Tensor, " d_model"], tokenizer: Any, n: int = 8
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Tokens that a direction promotes most and least, through the final norm and the unembedding.
 
     A direct reading that leaves out all blocks above the site. Columns ``side`` (promoted or
     suppressed), ``token`` and ``effect``, the logit less its mean over the vocabulary.
     """
-    import pandas as pd
-
     head = model.get_output_embeddings()
     logits = head(model.model.norm(direction.to(head.weight)[None]))[0].float().cpu()
     effect, order = logits - logits.mean(), logits.argsort(descending=True, stable=True)
-    sides = [("promoted", order[:n]), ("suppressed", order.flip(0)[:n])]
-    rows = [
-        (side, visible(tokenizer.decode([i])), float(effect[i])) for side, ids in sides for i in ids
-    ]
-    return pd.DataFrame(rows, columns=["side", "token", "effect"])
+    top = torch.cat([order[:n], order.flip(0)[:n]])
+    tokens = [visible(tokenizer.decode([i])) for i in top.tolist()]
+    sides = np.repeat(["promoted", "suppressed"], n)
+    return pd.DataFrame({"side": sides, "token": tokens, "effect": effect[top].tolist()})
 
 
 def example_table(features: Mapping[str, Sequence[Example]]) -> str:
@@ -71,21 +67,20 @@ def dashboard(
     activation: Float[np.ndarray, " row"],
     shown: Sequence[Example],
     scores: Mapping[str, Any],
-    effect: "pd.DataFrame | None" = None,
+    effect: pd.DataFrame,
 ) -> str:
     """One feature on a page that needs nothing else: no script, font or picture from outside.
 
     Args:
         title: plain text.
-        activation: the feature at every row of the corpus (the first position is not among them).
+        activation: the feature at every row of the corpus (the first position is not among them);
+            it fires somewhere.
         shown: examples, in the order given.
         scores: a row of ``autointerp.interpret``.
         effect: what ``logit_effect`` gives.
     """
-    from jinja2 import Template
-
     on = activation[activation > 0]
-    largest = float(on.max()) if len(on) else 1.0
+    largest = float(on.max())
     rate = f"Active at {len(on):,} of {len(activation):,} tokens ({len(on) / len(activation):.2%})."
     charts = [("Activations", np.histogram(on, 24, (0, largest))[0], "0", f"{largest:.2f}", rate)]
     from_end = corpus.position - np.bincount(corpus.text)[corpus.text]  # 0 at the last token
@@ -104,5 +99,5 @@ def dashboard(
         shown=shown,
         largest=largest,
         charts=charts,
-        effects=None if effect is None else list(effect.groupby("side", sort=False)),
+        effects=effect.groupby("side", sort=False),
     )

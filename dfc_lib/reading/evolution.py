@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -21,9 +22,9 @@ from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data import activations
 from dfc_lib.data.activations import Activations
 from dfc_lib.data.pair import Pair, load_model
+from dfc_lib.steering.prefix import padded
 
-if TYPE_CHECKING:
-    import pandas as pd
+_BATCH = 64  # texts in one forward pass
 
 Features = Int64[Tensor, " features"]  # indices, ascending
 
@@ -63,13 +64,14 @@ class Streams:
     With ``noise`` it is a null: what is specific to a noisy copy is the instrument's doing.
 
     Attributes:
-        caches: one per stream, in the order of the model axis; a cache may occur more than once.
+        caches: of one model each, one per stream, in the order of the model axis; a cache may occur
+            more than once.
         noise: per stream, the root mean square norm of isotropic Gaussian noise, raw units; none if
             empty. It repeats after 2**15 samples, so that it is a function of the index.
         seed: of the noise.
 
     Raises:
-        ValueError: the caches are not of the same tokens, or hold several models each.
+        ValueError: the caches are not of the same tokens.
     """
 
     caches: tuple[Activations, ...]
@@ -77,14 +79,9 @@ class Streams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.noise) not in (0, len(self.caches)):
-            raise ValueError(f"noise has {len(self.noise)} entries for {len(self.caches)} streams")
-        first = self.caches[0]
-        for cache in self.caches:
-            if len(cache.names) != 1:
-                raise ValueError(f"{cache.directory} holds {len(cache.names)} models, expected one")
-            same = cache.layer == first.layer and len(cache.tokens.ids) == len(first.tokens.ids)
-            if not same or (cache.tokens.ids != first.tokens.ids).any():
+        first, *others = self.caches
+        for cache in others:
+            if cache.layer != first.layer or not np.array_equal(cache.tokens.ids, first.tokens.ids):
                 raise ValueError(
                     f"{cache.directory} and {first.directory} are not of the same tokens at one "
                     "layer; make both with one call of evolution.cache_models"
@@ -142,15 +139,9 @@ def nrn(crosscoder: Crosscoder, tuned: str | int, base: str | int) -> Float[Tens
 def top_specific(
     score: Float[Tensor, " d_dict"], n: int, live: Bool[Tensor, " d_dict"]
 ) -> Features:
-    """The ``n`` features of the highest ``score`` among the ``live`` ones; ties by index.
-
-    ``ValueError`` where fewer are live.
-    """
-    allowed = live & torch.isfinite(score)
-    if int(allowed.sum()) < n:
-        raise ValueError(f"n = {n} of only {int(allowed.sum())} live features; ask for fewer")
-    ranked = torch.where(allowed, score, -torch.inf).argsort(descending=True, stable=True)
-    return ranked[:n].sort().values
+    """The ``n`` features of the highest ``score`` among the ``live`` ones; ties by index."""
+    ranked = torch.where(live & score.isfinite(), score, -torch.inf)
+    return ranked.argsort(descending=True, stable=True)[:n].sort().values
 
 
 def overlap(a: Features, b: Features) -> float:
@@ -196,12 +187,10 @@ def answer_codes(
 
     These are the last token of the prompt and all tokens of the answer but its last. ``model`` is
     a name in the pair and in the crosscoder, ``texts`` token ids of prompt and answer, ``starts``
-    the length of each prompt; ``ValueError`` where no answer follows it.
+    the length of each prompt.
     """
     rows, device = [], next(pair.models[model].parameters()).device
-    for i, (ids, start) in enumerate(zip(texts, starts, strict=True)):
-        if not 1 <= start < len(ids):
-            raise ValueError(f"texts[{i}] has {len(ids)} tokens and a prompt of {start}: no answer")
+    for ids, start in zip(texts, starts, strict=True):
         h = activations.residual(pair.models[model], pair.layer, torch.tensor([ids], device=device))
         rows.append(own_code(crosscoder, h[0, start - 1 : -1].float(), model).mean(0))
     return torch.stack(rows)
@@ -218,11 +207,9 @@ def select_by_family(
     """The set that ``select`` takes on each task family, and what is in all of these sets.
 
     ``gain`` is f(RL) - f(base), one row per sample that RL gets right and the base wrong; a
-    feature's score is its mean over the family's samples. ``ValueError`` where the lengths differ.
+    feature's score is its mean over the family's samples.
     """
     labels = np.asarray(families)
-    if len(labels) != len(gain):
-        raise ValueError(f"families has {len(labels)} entries for {len(gain)} samples")
     means = {name: gain[np.flatnonzero(labels == name)].mean(0) for name in np.unique(labels)}
     sets = {str(name): select(mean, share) for name, mean in means.items()}
     common = set.intersection(*(set(chosen.tolist()) for chosen in sets.values()))
@@ -270,31 +257,26 @@ def matched_sets(
 
 
 @torch.no_grad()
-def on_text(
-    models: Mapping[str, Any], texts: Sequence[Sequence[int]], batch_size: int = 64
-) -> "pd.DataFrame":
+def on_text(models: Mapping[str, Any], texts: Sequence[Sequence[int]]) -> pd.DataFrame:
     """How models predict given texts (token ids), and how far that is from the first model's.
 
-    Returns one line per (text, model): ``text`` (index), ``model``, ``n`` tokens predicted (all but
-    the first), ``nll`` (mean negative log-likelihood, nats), ``kl`` (mean KL(first || model)).
+    Texts have two tokens or more. Returns one line per (text, model): ``text`` (index), ``model``,
+    ``n`` tokens predicted (all but the first), ``nll`` (mean negative log-likelihood, nats), ``kl``
+    (mean KL(first || model)).
     """
-    import pandas as pd
-
-    if short := [i for i, text in enumerate(texts) if len(text) < 2]:
-        raise ValueError(f"texts {short[:5]} have fewer than 2 tokens: nothing to predict")
     order, rows = sorted(range(len(texts)), key=lambda i: len(texts[i])), []
-    for items in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        tensors = [torch.tensor(texts[i]) for i in items]
-        ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # causal: needs no mask
-        n = torch.tensor([len(t) - 1 for t in tensors])
-        real, first = torch.arange(ids.shape[1] - 1) < n[:, None], None
+    for items in (order[i : i + _BATCH] for i in range(0, len(order), _BATCH)):
+        ids, at, lengths = padded([texts[i] for i in items], torch.device("cpu"))
+        n, first = lengths - 1, None
+        real = at[:, :-1] < n[:, None]  # the models are causal: they need no mask
         for name, model in models.items():
             on_device = ids.to(next(model.parameters()).device)
             logp = model(input_ids=on_device).logits[:, :-1].float().log_softmax(-1).cpu()
             first = logp if first is None else first
             kl = (first.exp() * (first - logp)).sum(-1)
             nll = -logp.gather(2, ids[:, 1:, None])[..., 0]
-            means = ((torch.where(real, x, 0.0).sum(1) / n).tolist() for x in (nll, kl))
-            columns = {"text": items, "model": name, "n": n.numpy()}
-            rows.append(pd.DataFrame(columns | dict(zip(("nll", "kl"), means, strict=True))))
+            row = {"text": items, "model": name, "n": n}
+            for measure, x in (("nll", nll), ("kl", kl)):
+                row[measure] = (torch.where(real, x, 0.0).sum(1) / n).tolist()
+            rows.append(pd.DataFrame(row))
     return pd.concat(rows).sort_values("text", kind="stable", ignore_index=True)

@@ -10,15 +10,13 @@ compared with permuted labels.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 
 from dfc_lib.crosscoder.model import Crosscoder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 METHODS = ("k-means", "HDBSCAN")
 
@@ -37,10 +35,9 @@ def decoder_rows(crosscoder: Crosscoder, alive: Sequence[int] | None = None) -> 
     Rows of length zero are left out.
     """
     vectors = crosscoder.W_dec.detach().double().flatten(1).cpu().numpy()
-    labels = np.empty(crosscoder.d_dict, dtype=np.int64)
-    for i, block in enumerate(crosscoder.partition.slices.values()):
-        labels[block] = i
-    keep = np.arange(crosscoder.d_dict) if alive is None else np.asarray(alive, dtype=np.int64)
+    blocks = crosscoder.partition.blocks
+    labels = np.repeat(np.arange(len(blocks)), [block.size for block in blocks])
+    keep = slice(None) if alive is None else alive
     return _unit(Rows(vectors[keep], labels[keep], crosscoder.partition.names))
 
 
@@ -82,25 +79,22 @@ def masked(rows: Rows, like: Mapping[str, int], seed: int = 0) -> Rows:
 
 def matched_norm_ratio(rows: Rows, like: Mapping[str, int]) -> Rows:
     """The same vectors with blocks by r = ||A half|| / (||A half|| + ||B half||): the largest r are
-    the first block, the smallest the second, the rest the last (two models).
+    the first block, the smallest the second, the rest the last (two models, three blocks).
 
     Raises:
-        ValueError: ``like`` does not have three blocks, or the sizes exceed the features.
+        ValueError: the sizes exceed the features.
     """
-    if len(like) != 3:
-        raise ValueError(f"like has blocks {tuple(like)}; three are needed: A, B, shared")
     norms = np.linalg.norm(rows.vectors.reshape(len(rows.vectors), 2, -1), axis=2)
     order = np.argsort(-norms[:, 0] / norms.sum(1), kind="stable")
-    n_a, n_b = list(like.values())[:2]
-    ends = np.concatenate([order[:n_a], order[len(order) - n_b :], order[n_a : len(order) - n_b]])
-    return Rows(rows.vectors, _labels(ends, like), tuple(like))
+    n_a, n_b, _ = like.values()
+    a, rest, b = np.split(order, [n_a, len(order) - n_b])
+    return Rows(rows.vectors, _labels(np.concatenate([a, b, rest]), like), tuple(like))
 
 
 def _labels(order: np.ndarray, like: Mapping[str, int]) -> np.ndarray:
-    sizes = list(like.values())
-    if sum(sizes[:-1]) >= len(order):
-        raise ValueError(f"blocks of sizes {sizes} do not fit into {len(order)} features")
-    edges = np.cumsum([*sizes[:-1], len(order) - sum(sizes[:-1])])
+    edges = np.cumsum(list(like.values())[:-1])
+    if edges[-1] >= len(order):
+        raise ValueError(f"blocks of sizes {like} do not fit into {len(order)} features")
     labels = np.empty(len(order), dtype=np.int64)
     labels[order] = np.searchsorted(edges, np.arange(len(order)), side="right")
     return labels
@@ -122,13 +116,9 @@ def plane(
         warnings.simplefilter("ignore")  # on import, and that a seed means one thread
         import umap
 
-        mapper = umap.UMAP(
-            n_neighbors=min(15, len(vectors) - 1),
-            metric="cosine",
-            random_state=seed,
-            n_jobs=1,
-            init="pca",  # the spectral start depends on an eigensolver's last bits
-        )
+        # init: the spectral start depends on an eigensolver's last bits
+        options = {"metric": "cosine", "init": "pca", "random_state": seed, "n_jobs": 1}
+        mapper = umap.UMAP(n_neighbors=min(15, len(vectors) - 1), **options)
         return np.asarray(mapper.fit_transform(vectors), dtype=np.float64)
 
 
@@ -170,9 +160,8 @@ def agreement(
     from scipy.stats.contingency import crosstab
 
     table = crosstab(blocks, found).count
-    if 1 in table.shape:  # one cluster, or one block: permuting changes nothing
-        drawn = np.repeat(table[None], n_permutations, axis=0)
-    else:
+    drawn = np.repeat(table[None], n_permutations, axis=0)
+    if 1 not in table.shape:  # with one cluster, or one block, permuting changes nothing
         drawn = random_table(table.sum(1), table.sum(0), seed=seed).rvs(n_permutations)
     row = {"clusters": float(len(set(found.tolist()) - {-1})), "noise": float((found == -1).mean())}
     for name, score in {"ari": _ari, "nmi": _nmi}.items():
@@ -209,24 +198,22 @@ def _nmi(tables: np.ndarray) -> np.ndarray:
 
 
 def recovery(
-    rows: Rows, seed: int = 0, n_permutations: int = 1_000, methods: Sequence[str] = METHODS
-) -> "tuple[pd.DataFrame, Float[np.ndarray, 'feature 2']]":
-    """How well clusters recover the blocks, in the original space and on the UMAP plane.
+    rows: Rows, seed: int = 0, n_permutations: int = 1_000
+) -> tuple[pd.DataFrame, Float[np.ndarray, "feature 2"]]:
+    """How well clusters recover the blocks (two or more), in the original space and on the plane.
 
     Returns:
         one line per (space, method) with ``silhouette`` (of the blocks, not of the clusters) and
         the columns of ``agreement``; and the plane, for the picture.
     """
-    import pandas as pd
     from sklearn.metrics import silhouette_score
 
-    drawn = plane(rows.vectors, seed)
-    lines = []
-    n_blocks = len(set(rows.labels.tolist()))
-    for space, points in (("original", rows.vectors), ("plane", drawn)):
-        silhouette = float(silhouette_score(points, rows.labels)) if n_blocks > 1 else np.nan
-        for method in methods:
+    spaces, lines = {"original": rows.vectors, "plane": plane(rows.vectors, seed)}, []
+    n_blocks = len(np.unique(rows.labels))
+    for space, points in spaces.items():
+        silhouette = float(silhouette_score(points, rows.labels))
+        for method in METHODS:
             found = cluster(points, method, n_blocks, seed)
             line = {"space": space, "method": method, "n": len(points), "silhouette": silhouette}
             lines.append(line | agreement(found, rows.labels, n_permutations, seed))
-    return pd.DataFrame(lines), drawn
+    return pd.DataFrame(lines), spaces["plane"]

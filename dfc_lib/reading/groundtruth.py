@@ -17,9 +17,10 @@ blocks explain) are here too, since they are read beside those that do.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -27,9 +28,6 @@ from torch import Tensor
 from dfc_lib.crosscoder.batches import ActivationSource, AnyActivations
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import iterate_batches
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MIN_COSINE = 0.9  # from here on two directions count as the same
 _BANK = 2**15  # samples after which the noise of a null pair repeats
@@ -81,16 +79,6 @@ class PlantedConfig:
     noise: float = 0.05
     offset: float = 3.0
     scale: tuple[float, float] = (1.0, 3.0)
-
-    def __post_init__(self):
-        for rate in (*self.exclusive_rates, self.max_rate):
-            if not 0 < rate < 1:
-                raise ValueError(f"a firing rate is {rate}; rates lie between 0 and 1")
-        for name in ("factor_share", "shared_cosine"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        if min(self.n_shared, self.n_per_rate, self.n_factors, self.d_model - 1) < 1:
-            raise ValueError("n_shared, n_per_rate and n_factors must be at least 1, d_model 2")
 
     @property
     def n_exclusive(self) -> int:
@@ -165,14 +153,12 @@ def _plant(config: PlantedConfig, rng: torch.Generator) -> Truth:
     cosine = config.shared_cosine
     second = cosine * first + (1 - cosine**2) ** 0.5 * other
     second[owner == 1] = first[owner == 1]  # an exclusive feature has one direction
-    directions = torch.stack([first, second], dim=1)
-    directions[owner == 0, 1] = 0
-    directions[owner == 1, 0] = 0
+    writes = torch.stack([owner != 1, owner != 0], dim=1)  # (feature, model)
+    directions = torch.stack([first, second], dim=1) * writes[:, :, None]
 
     log_gain = config.gain_sd * torch.randn(n_features, generator=rng)
-    gain = torch.stack([(-log_gain / 2).exp(), (log_gain / 2).exp()], dim=1)
-    gain[owner >= 0] = 1.0
-    gain *= directions.norm(dim=-1) > 0
+    log_gain[owner >= 0] = 0.0
+    gain = torch.stack([-log_gain / 2, log_gain / 2], dim=1).exp() * writes
     return Truth(directions, gain, owner, rate)
 
 
@@ -187,13 +173,13 @@ class NullPair:
     A source of activations like a cache (``n`` and ``gather``), so nothing is copied.
 
     Attributes:
-        source: activations ``(n, n_models, d_model)``: a tensor, an array or a cache; the first
-            model's are doubled.
+        source: activations ``(n, n_models, d_model)``: a tensor or a cache; the first model's are
+            doubled.
         noise: root mean square norm of the isotropic Gaussian noise on the copy, raw units. Noise
             repeats after 2**15 samples, so that it is a function of the sample's index.
     """
 
-    source: AnyActivations
+    source: Float[Tensor, "n model d_model"] | ActivationSource
     noise: float = 0.0
 
     @property
@@ -202,16 +188,15 @@ class NullPair:
 
     def gather(self, indices: Int64[np.ndarray, " batch"]) -> Float[Tensor, "batch model d_model"]:
         """Samples by index, float32: the stream and its copy."""
-        indices = np.asarray(indices)
         stream = copy = self._stream(indices)
         if self.noise:
-            copy = stream + self._noise[torch.from_numpy(indices % _BANK)].to(stream.device)
+            copy = stream + self._noise[indices % _BANK]
         return torch.stack([stream, copy], dim=1)
 
     def _stream(self, indices: np.ndarray) -> Float[Tensor, "batch d_model"]:
         is_source = isinstance(self.source, ActivationSource)
         rows = self.source.gather(indices) if is_source else self.source[indices]
-        return torch.as_tensor(rows)[:, 0].float()
+        return rows[:, 0].float()
 
     @cached_property
     def _noise(self) -> Float[Tensor, "bank d_model"]:
@@ -266,8 +251,6 @@ def latent_scaling_claims(
 
 
 def _norms(crosscoder: Crosscoder) -> tuple[Int64[Tensor, " d_dict"], Float[Tensor, "d_dict 2"]]:
-    if crosscoder.n_models != 2:
-        raise ValueError(f"claims compare two models, this crosscoder has {crosscoder.n_models}")
     norms = crosscoder.W_dec.detach().norm(dim=-1).cpu()
     return norms.argmax(1), norms
 
@@ -346,7 +329,7 @@ def recovery(
     claims: Claims,
     truth: Truth,
     live: Bool[Tensor, " d_dict"],
-) -> tuple["pd.DataFrame", "pd.DataFrame"]:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Hold claims against the truth.
 
     Args:
@@ -360,32 +343,30 @@ def recovery(
         ``score``, ``is_true`` (its row in ``model`` matches an exclusive feature of that model) and
         ``is_shared`` (its row matches a shared feature).
     """
-    import pandas as pd
-
-    planted, is_true = [], torch.zeros(len(W_dec), dtype=torch.bool)
-    is_shared = torch.zeros_like(is_true)
+    planted, matches = [], torch.zeros(2, len(W_dec), dtype=torch.bool)  # exclusive, shared
     for m, name in enumerate("AB"):
         exclusive, mine = truth.exclusive(m), claims.model == m
         cosine = cosines(W_dec[:, m], truth.directions[exclusive, m])
         shared = cosines(W_dec[:, m], truth.directions[truth.owner < 0, m])
-        is_true |= mine & (cosine >= MIN_COSINE).any(1)
-        is_shared |= mine & (shared >= MIN_COSINE).any(1)
-        best = cosine[live].amax(0) if live.any() else torch.zeros(len(exclusive))
+        matches |= mine & torch.stack([(c >= MIN_COSINE).any(1) for c in (cosine, shared)])
+        best = cosine.where(live[:, None], -1.0).amax(0)
         usable = (cosine >= MIN_COSINE) & (live & mine)[:, None]
-        score = torch.where(usable, claims.score[:, None], -torch.inf).amax(0)
+        score = claims.score[:, None].where(usable, -torch.inf).amax(0)
         rate = truth.rate[exclusive].double().round(decimals=6)
         columns = {"rate": rate, "cosine": best, "learned": best >= MIN_COSINE, "score": score}
-        columns = {key: column.numpy() for key, column in columns.items()}
         planted.append(pd.DataFrame({"owner": name} | columns))
-    columns = {"score": claims.score, "is_true": is_true, "is_shared": is_shared}
-    columns = {key: column[live].numpy() for key, column in columns.items()}
-    names = np.array(["A", "B"])[claims.model[live].numpy()]
-    feature = live.nonzero().squeeze(-1).numpy()
-    learned = pd.DataFrame({"feature": feature, "model": names} | columns)
+    learned = {
+        "feature": np.arange(len(W_dec)),
+        "model": np.array(["A", "B"])[claims.model],
+        "score": claims.score,
+        "is_true": matches[0],
+        "is_shared": matches[1],
+    }
+    learned = pd.DataFrame(learned)[live.numpy()].reset_index(drop=True)
     return pd.concat(planted, ignore_index=True), learned
 
 
-def rates(planted: "pd.DataFrame", learned: "pd.DataFrame", threshold: float) -> dict[str, float]:
+def rates(planted: pd.DataFrame, learned: pd.DataFrame, threshold: float) -> dict[str, float]:
     """Recall and false positives of one threshold, from the tables of ``recovery``.
 
     ``recall``: share of the planted exclusive features that a claimed feature matches.
@@ -395,26 +376,25 @@ def rates(planted: "pd.DataFrame", learned: "pd.DataFrame", threshold: float) ->
     """
     claimed = learned.score >= threshold
     false = claimed & ~learned.is_true
+    n_claimed, n_false = int(claimed.sum()), int(false.sum())
     return {
         "threshold": threshold,
         "recall": float((planted.score >= threshold).mean()),
-        "false_positive_rate": int(false.sum()) / max(1, int((~learned.is_true).sum())),
-        "false_discovery_rate": int(false.sum()) / max(1, int(claimed.sum())),
-        "claimed": int(claimed.sum()),
-        "false": int(false.sum()),
+        "false_positive_rate": n_false / max(1, int((~learned.is_true).sum())),
+        "false_discovery_rate": n_false / max(1, n_claimed),
+        "claimed": n_claimed,
+        "false": n_false,
         "false_shared": int((false & learned.is_shared).sum()),
     }
 
 
-def sweep(planted: "pd.DataFrame", learned: "pd.DataFrame") -> "pd.DataFrame":
+def sweep(planted: pd.DataFrame, learned: pd.DataFrame) -> pd.DataFrame:
     """``rates`` at every threshold that changes something, from strict to lax."""
-    import pandas as pd
-
     scores = np.unique(learned.score[np.isfinite(learned.score)])[::-1]
     return pd.DataFrame([rates(planted, learned, t) for t in (np.inf, *scores)])
 
 
-def threshold_at(curve: "pd.DataFrame", false_positive_rate: float) -> float:
+def threshold_at(curve: pd.DataFrame, false_positive_rate: float) -> float:
     """The laxest threshold of a ``sweep`` with at most this false-positive rate."""
     return float(curve.threshold[curve.false_positive_rate <= false_positive_rate + 1e-12].min())
 
@@ -426,7 +406,7 @@ def threshold_at(curve: "pd.DataFrame", false_positive_rate: float) -> float:
 @torch.no_grad()
 def block_table(
     crosscoder: Crosscoder, activations: AnyActivations, min_rate: float = 0.0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What each exclusive block does: live features and their share of explained variance.
 
     Args:
@@ -437,35 +417,35 @@ def block_table(
         ``fve`` of the model, and ``share``: by how much that fraction of variance explained drops
         when the block's features are left out of the reconstruction.
     """
-    import pandas as pd
-
     partition, W_dec = crosscoder.partition, crosscoder.W_dec
-    owned = [(block, block.models[0]) for block in partition.blocks if len(block.models) == 1]
+    owned = [
+        (block, partition.slice(block.name), *block.models)
+        for block in partition.blocks
+        if len(block.models) == 1
+    ]
     n, fired, total, squares = 0, 0, 0.0, 0.0
-    error = torch.zeros(len(owned), 2, dtype=torch.float64)  # with the block, without
+    error = np.zeros((len(owned), 2))  # with the block, without
     for x, f in _encoded(crosscoder, activations):
         z = crosscoder.normaliser.apply(x)
         residual = z - crosscoder.normaliser.apply(crosscoder.decode(f))
-        for i, (block, m) in enumerate(owned):
-            features = partition.slice(block.name)
+        for i, (_, features, m) in enumerate(owned):
             without = residual[:, m] + f[:, features] @ W_dec[features, m]
-            for j, left in enumerate((residual[:, m], without)):
-                error[i, j] += left.double().square().sum().cpu()
+            error[i] += [float(left.double().square().sum()) for left in (residual[:, m], without)]
         n, fired = n + len(x), fired + (f > 0).sum(0).cpu()
         total = total + z.double().sum(0).cpu()
         squares = squares + z.double().square().sum((0, 2)).cpu()
-    variance = squares - (total / n).square().sum(-1) * n
+    variance = (squares - (total / n).square().sum(-1) * n).tolist()
     live = (fired > 0) & (fired >= min_rate * n)
     rows = [
         {
             "block": block.name,
             "model": partition.model_names[m],
             "n_features": block.size,
-            "live": int(live[partition.slice(block.name)].sum()),
-            "fve": float(1 - with_block / variance[m]),
-            "share": float((without - with_block) / variance[m]),
+            "live": int(live[features].sum()),
+            "fve": 1 - with_block / variance[m],
+            "share": (without - with_block) / variance[m],
         }
-        for (block, m), (with_block, without) in zip(owned, error, strict=True)
+        for (block, features, m), (with_block, without) in zip(owned, error, strict=True)
     ]
     return pd.DataFrame(rows)
 
@@ -473,7 +453,7 @@ def block_table(
 @torch.no_grad()
 def mirrors(
     crosscoder: Crosscoder, activations: AnyActivations, min_rate: float = 0.0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Pairs of an A-exclusive and a B-exclusive feature that are the same direction.
 
     A feature that both models have and that was written into both exclusive blocks looks like this:
@@ -484,27 +464,18 @@ def mirrors(
         ``feature_B``, ``cosine``, ``overlap`` (samples on which both fire over samples on which
         either does).
     """
-    import pandas as pd
-
     a, b = (crosscoder.partition.slice(f"{m}_exclusive") for m in crosscoder.partition.model_names)
     n, both, fired = 0, 0.0, 0.0
     for _, f in _encoded(crosscoder, activations):
         fires = (f > 0).float().cpu()
         both, fired = both + fires[:, a].T @ fires[:, b], fired + fires.sum(0)
         n += len(f)
-    fired_a, fired_b, least = fired[a], fired[b], max(1, min_rate * n)
+    live = fired >= max(1, min_rate * n)
     cosine = cosines(crosscoder.W_dec[a, 0], crosscoder.W_dec[b, 1]).cpu()
-    found = (cosine >= MIN_COSINE) & (fired_a >= least)[:, None] & (fired_b >= least)
-    i, j = found.nonzero(as_tuple=True)
-    either = fired_a[i] + fired_b[j] - both[i, j]
-    return pd.DataFrame(
-        {
-            "feature_A": (i + a.start).numpy(),
-            "feature_B": (j + b.start).numpy(),
-            "cosine": cosine[i, j].numpy(),
-            "overlap": (both[i, j] / either).numpy(),
-        }
-    )
+    i, j = ((cosine >= MIN_COSINE) & live[a, None] & live[b]).nonzero(as_tuple=True)
+    either = fired[a][i] + fired[b][j] - both[i, j]
+    columns = {"feature_A": i + a.start, "feature_B": j + b.start, "cosine": cosine[i, j]}
+    return pd.DataFrame(columns | {"overlap": both[i, j] / either})
 
 
 def stability(

@@ -11,16 +11,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float, Int64, UInt64
+from scipy.sparse import csc_array, csr_array, vstack
 
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data.activations import Activations
-
-if TYPE_CHECKING:
-    from scipy.sparse import csc_array
 
 # Words that complete "the token ...", and whether they speak of structure alone (tags, role
 # markers, positions, punctuation of JSON).
@@ -61,6 +60,7 @@ TEMPLATE = ("turn", "tag", "fixed", "break", "brackets")  # what the template it
 FIXED_SHARE = 0.2  # a beginning that this share of the texts have in common is the template's
 _COLUMN = {name: i for i, name in enumerate(MARKS)}
 _BEFORE, _AFTER = 12, 3  # tokens of context in a window
+_BATCH = 4096  # rows encoded at once
 _N_TOP = 10  # active windows that are the strongest; the others are of all strengths
 
 _TURN = r"<\|im_start\|>{}\n(.*?)(?:<\|im_end\|>|\Z)"
@@ -218,15 +218,11 @@ class Corpus:
         return np.stack([of_template, np.bincount(self.token, minlength=size)])
 
 
-def codes(
-    crosscoder: Crosscoder, activations: Activations, corpus: Corpus, batch_size: int = 4096
-) -> "csc_array":
+def codes(crosscoder: Crosscoder, activations: Activations, corpus: Corpus) -> csc_array:
     """The code at every row of the corpus: a sparse (row, d_dict) array, float32."""
-    from scipy.sparse import csr_array, vstack
-
     parts = []
-    for i in range(0, len(corpus), batch_size):
-        x = activations.gather(corpus.rows[i : i + batch_size]).to(crosscoder.device)
+    for rows in np.array_split(corpus.rows, range(_BATCH, len(corpus), _BATCH)):
+        x = activations.gather(rows).to(crosscoder.device)
         parts.append(csr_array(crosscoder.encode(x).detach().float().cpu().numpy()))
     return vstack(parts).tocsc()
 
@@ -306,32 +302,27 @@ def _active(
 
 def _first(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The first row of each key, in the order given."""
-    return rows[np.sort(np.unique(keys[rows], return_index=True)[1])]
+    return rows[~pd.Series(keys[rows]).duplicated().to_numpy()]
 
 
 def _quiet(
     corpus: Corpus, rows: np.ndarray, positive: np.ndarray, rng
 ) -> list[tuple[int, Literal["hard", "easy"]]]:
     """As many inactive rows as there are active ones, no text and no window twice."""
-    import pandas as pd
-
     rows = _first(corpus.window, rng.permutation(rows))
     same = rows[np.isin(corpus.token[rows], corpus.token[positive])]
     # Its tokens take turns, so that a frequent one does not take all places.
     turn = pd.Series(corpus.token[same]).groupby(corpus.token[same]).cumcount()
     same = same[np.argsort(turn.to_numpy(), kind="stable")]
     near = rows[np.isin(corpus.region[rows], corpus.region[positive])]
-    chosen: dict[int, tuple[int, str]] = {}  # by text
-    for kind, candidates, up_to in (
-        ("hard", same, len(positive) // 2),
-        ("hard", near, len(positive) // 2),
-        ("easy", rows, len(positive)),
-    ):
-        for row in candidates.tolist():
-            if len(chosen) >= up_to:
-                break
-            chosen.setdefault(int(corpus.text[row]), (row, kind))
-    return list(chosen.values())
+    half, chosen = len(positive) // 2, {}  # row -> kind
+    wanted = [("hard", same, half), ("hard", near, half), ("easy", rows, len(positive))]
+    for kind, candidates, up_to in wanted:
+        taken = corpus.text[np.fromiter(chosen, dtype=np.int64)]
+        candidates = candidates[~np.isin(corpus.text[candidates], taken)]
+        picked = _first(corpus.text, candidates)[: up_to - len(chosen)]
+        chosen |= dict.fromkeys(picked.tolist(), kind)
+    return list(chosen.items())
 
 
 def _example(corpus: Corpus, activation: np.ndarray, row: int, active: bool, kind: str) -> Example:
