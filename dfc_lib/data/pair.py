@@ -25,7 +25,6 @@ from torch import nn
 
 from dfc_lib import paths
 from dfc_lib.paths import downloaded
-from dfc_lib.store import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,14 +49,6 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_checksums(directory: str | Path) -> None:
-    """Write ``SHA256SUMS`` (the format of ``sha256sum``) over every file below ``directory``."""
-    directory = Path(directory)
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
-    lines = [f"{sha256(p)}  {p.relative_to(directory).as_posix()}\n" for p in files]
-    write_atomically(directory / SUMS, "".join(lines))
 
 
 def verify(folder: str | Path) -> None:
@@ -214,8 +205,7 @@ def _explain(source: Path | str, error: Exception, device: str | torch.device = 
         return PairError(
             f"{source}: does not fit into the memory of {str(device) or 'this machine'} ({error}). "
             "`python -m tools.budget --profile NAME` lists what a profile needs. Free the device "
-            'of other programs, load in "bfloat16", or leave the models on the CPU and give '
-            "activations.cache(..., device=), which takes them there one at a time."
+            'of other programs, or load in "bfloat16".'
         )
     if isinstance(source, Path):
         damaged = [f"{p}: {_damage(p)}" for p in sorted(source.glob("*")) if _damage(p)]

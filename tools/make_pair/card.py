@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 
 from dfc_lib import profiles
 from dfc_lib.data import prompts
-from dfc_lib.data.pair import load_model, load_tokenizer, sha256
+from dfc_lib.data.pair import SUMS, load_model, load_tokenizer, sha256
 from dfc_lib.data.scoring import names_tool
 from dfc_lib.results import statistics
 from dfc_lib.steering import evaluation
+from dfc_lib.store import write_atomically
 from tools.make_pair import posttrain, pretrain, prose, world
 
 # Prompt conditions: name -> (style, prefill, temperature)
@@ -44,6 +45,13 @@ def export(work: Path, tokenizer, pair: Path) -> None:
         shutil.copy(work / name / "log.jsonl", pair / f"{name.replace('rl_seed0', 'rl')}_log.jsonl")
     shutil.copy(work / "pretrain.jsonl", pair / "pretrain_log.jsonl")
     shutil.copy(work / "prose" / "rl" / "log.jsonl", pair / "prose_rl_log.jsonl")
+
+
+def write_checksums(directory: Path) -> None:
+    """Write `SHA256SUMS` (the format of `sha256sum`) over every file below `directory`."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
+    lines = [f"{sha256(p)}  {p.relative_to(directory).as_posix()}\n" for p in files]
+    write_atomically(directory / SUMS, "".join(lines))
 
 
 def model_folders(pair: Path) -> dict[str, Path]:
