@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,7 @@ class CacheError(RuntimeError):
 
 
 class _SiteReached(Exception):
-    """Raised by the hook at the site to leave the forward pass; carries the residual."""
+    """Raised by the hook at the site to leave the forward pass."""
 
 
 @torch.no_grad()
@@ -57,12 +58,10 @@ def last_token_by_layer(
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append((output[0] if isinstance(output, tuple) else output)[:, -1])
 
-    hooks = [block.register_forward_hook(keep) for block in model.model.layers]
-    try:
+    with ExitStack() as hooks:
+        for block in model.model.layers:
+            hooks.enter_context(block.register_forward_hook(keep))
         model.model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(found)
 
 
@@ -78,18 +77,15 @@ def residual(
     Equal, bit for bit, to ``model(ids, output_hidden_states=True).hidden_states[layer + 1]`` (below
     the last block, whose entry there is normalised).
     """
+    found: list[Tensor] = []
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise _SiteReached(output[0] if isinstance(output, tuple) else output)
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _SiteReached
 
-    hook = model.model.layers[layer].register_forward_hook(leave)
-    try:
+    with model.model.layers[layer].register_forward_hook(leave), suppress(_SiteReached):
         model.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-    except _SiteReached as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
-    raise AssertionError("the model's forward pass did not go through its own block")
+    return found[0]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -62,14 +62,14 @@ def verify(folder: str | Path) -> None:
     if above is None:
         return
     problems = []
-    for number, line in enumerate((above / SUMS).read_text().splitlines(), 1):
+    for line in (above / SUMS).read_text().splitlines():
         digest, _, name = line.partition("  ")
         path = above / name
-        if len(digest) != 64 or not name:
-            problems.append(f"{above / SUMS}, line {number}: not '<sha256>  <file>'")
-        elif path.is_relative_to(folder) and not path.is_file():
+        if not path.is_relative_to(folder):
+            continue
+        if not path.is_file():
             problems.append(f"{path}: missing")
-        elif path.is_relative_to(folder) and sha256(path) != digest:
+        elif sha256(path) != digest:
             problems.append(f"{path}: {_damage(path) or 'altered (its SHA-256 differs)'}")
     if problems:
         raise PairError("\n".join([*problems, _REMEDY]))
