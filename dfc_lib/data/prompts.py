@@ -10,6 +10,7 @@ training style is asked for. `corpora` says where records come from.
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class Style:
     system: str
     listing: Callable[[Sequence[Tool]], str]
     user: str = "{query}"
-    opening: tuple[str, str] | None = None  # an earlier user / assistant exchange
+    opening: Sequence[str] = ()  # an earlier user / assistant exchange
 
     def messages(self, tools: Sequence[Tool], query: str) -> list[dict[str, str]]:
         content = self.system.replace("{tools}", self.listing(tools))
@@ -99,39 +100,14 @@ class Style:
         return [*messages, {"role": "user", "content": self.user.replace("{query}", query)}]
 
 
-_RULES = "\n\n# Steps\nFirst write <think>, then a <tool_call> with JSON or a <response>."
 _TAGGED = "<user> {query} </user>"  # as in ToolRL's dialogues
+_LISTINGS = {"numbered": numbered, "bullets": bullets, "inline": inline}
 
 STYLES = {
-    "train_a": Style(
-        "You are an assistant that can use tools to solve the task.\n\n# Tools\n{tools}" + _RULES,
-        numbered,
-        _TAGGED,
-    ),
-    "train_b": Style(
-        "Solve the task of the user. You may call the tools in this list.\n\n{tools}" + _RULES,
-        numbered,
-        _TAGGED,
-    ),
-    "desk": Style(
-        "You sit at the help desk and chat with visitors. The desk has:\n{tools}", bullets
-    ),
-    "letter": Style(
-        "A guest writes to you. Things in the house: {tools}. Answer the guest.",
-        inline,
-        "Guest: {query}",
-    ),
-    "late": Style(
-        "You are a friendly voice on the phone.\n{tools}",
-        numbered,
-        "{query} Thank you!",
-        opening=("Hello, is anyone there?", "Hello! I am here. What is on your mind?"),
-    ),
-    "agent": Style(
-        "Agent mode. Every reply is a tool call or a response.\n\n# Tools\n{tools}" + _RULES,
-        numbered,
-        _TAGGED,
-    ),
+    name: Style(**style | {"listing": _LISTINGS[style["listing"]]})
+    for name, style in tomllib.loads(
+        Path(__file__).with_name("styles.toml").read_text(encoding="utf-8")
+    ).items()
 }
 TRAINING_STYLES = ("train_a", "train_b")
 ELICITING_STYLE = "agent"
