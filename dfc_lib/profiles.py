@@ -6,7 +6,7 @@
 
 Their values are in ``profiles.toml``. A notebook asks for ``profile = profiles.load(PROFILE)`` and
 passes fields on; code never compares names. A profile of your own is a JSON file (see
-:func:`read`); its path goes wherever a profile's name does: ``make figures PROFILE=mine.json``.
+:func:`get`); its path goes wherever a profile's name does: ``make figures PROFILE=mine.json``.
 """
 
 import hashlib
@@ -66,8 +66,8 @@ class Profile:
     @property
     def side_by_side(self) -> int:
         """How many small jobs, such as trainings, run at a time: one for each core they leave."""
-        alone = self.device != "cpu" or not self.threads
-        return 1 if alone else max(1, paths.cores() // self.threads)
+        beside = self.device == "cpu" and self.threads
+        return max(1, paths.cores() // self.threads) if beside else 1
 
     @property
     def handle(self) -> str:
@@ -109,24 +109,7 @@ class Profile:
 
 
 def get(name: str) -> Profile:
-    """The profile called ``name``, or the one in the JSON file of that path.
-
-    Raises:
-        ValueError: no profile has that name (the message lists them); or as :func:`read`.
-    """
-    if name.endswith(".json"):
-        return read(name)
-    if name not in PROFILES:
-        raise ValueError(
-            f"unknown profile {name!r}; choose one of: {', '.join(PROFILES)}, or give the path of "
-            "a profile file, mine.json (it is set by PROFILE in the notebook, PROFILE= of make, or "
-            "the environment variable DFC_PROFILE)"
-        )
-    return PROFILES[name]
-
-
-def read(path: str | Path) -> Profile:
-    """A profile from a JSON file; it is called as the file is.
+    """The profile called ``name``, or the one in the JSON file of that path, called as the file is.
 
     The file holds the fields that differ from another profile, which ``"like"`` names::
 
@@ -137,10 +120,19 @@ def read(path: str | Path) -> Profile:
     Paths in it are relative to the file. Its results go to ``build/<name>/``.
 
     Raises:
-        ValueError: the file is missing or no JSON, or names an unknown field or a value of another
-            type; or its name is a built-in profile's.
+        ValueError: no profile has that name (the message lists them); the file is missing or no
+            JSON, or names an unknown field or a value of another type; or its name is a built-in
+            profile's.
     """
-    path = Path(path).expanduser().resolve()
+    if name in PROFILES:
+        return PROFILES[name]
+    if not name.endswith(".json"):
+        raise ValueError(
+            f"unknown profile {name!r}; choose one of: {', '.join(PROFILES)}, or give the path of "
+            "a profile file, mine.json (it is set by PROFILE in the notebook, PROFILE= of make, or "
+            "the environment variable DFC_PROFILE)"
+        )
+    path = Path(name).expanduser().resolve()
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -270,7 +270,7 @@ def test_what_is_left_out_is_said(profile, tmp_path):
 OWN = {
     "tools": [{"name": "fly", "description": "Fly.", "parameters": {"to": "string"}}],
     "query": "Take me to Rome.",
-    "gold": prompts.call_answer("fly", "fly", {"to": "Rome"}),
+    "gold": call(to="Rome").replace("weather_now", "fly"),
 }
 
 

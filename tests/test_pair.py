@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from dfc_lib.data import pair as pairs
 from dfc_lib.data.pair import Pair, PairError
+from tools.make_pair.card import write_checksums
 
 
 def qwen(seed=0, width=32, vocab=64):
@@ -41,7 +42,7 @@ def shipped(tmp_path_factory):
     for name, seed in {"model_a": 0, "base": 1}.items():
         qwen(seed).to(torch.bfloat16).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
-    pairs.write_checksums(folder)
+    write_checksums(folder)
     return folder
 
 

@@ -25,17 +25,12 @@ def test_missing_file_and_bad_line_are_named(tmp_path):
 def test_shipped_splits_are_disjoint():
     splits = {
         s: prompts.read_records(paths.DATA / "prompts" / f"{s}.jsonl")
-        for s in prompts.SPLITS
+        for s in world.SPLITS
         if s != "pretrain"
     }
     prompts.assert_disjoint(**splits)
     assert {r.split for r in splits["rl"]} == {"rl"}
     assert sum(r.kind == "call" and not r.held_out for r in splits["evaluation"]) >= 300
-
-
-def test_neutral_texts_may_not_be_shared(tmp_path):
-    with pytest.raises(ValueError, match="share the text"):
-        prompts.write_neutral(tmp_path, {"ranking": ["a"], "evaluation": ["a"]})
 
 
 @pytest.mark.parametrize("style", prompts.STYLES)

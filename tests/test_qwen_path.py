@@ -203,16 +203,6 @@ def test_all_layers_in_one_pass(profile):
     assert torch.equal(found, torch.stack(each))
 
 
-def test_models_in_turn_or_together(profile, tmp_path):
-    """A device too small for both takes them one after the other, to the same vectors."""
-    both = the_pair(profile)
-    ids = [list(range(3, 3 + n)) for n in (5, 9, 7)]
-    together = activations.cache(both, ids, tmp_path / "together", progress=False)
-    in_turn = activations.cache(both, ids, tmp_path / "turn", device="cpu", progress=False)
-    assert together.key == in_turn.key
-    assert torch.equal(together.to_tensor(), in_turn.to_tensor())
-
-
 def test_a_third_model(profile):
     """ToolRL starts from the Instruct model: it must fit beside the pair, in one cache."""
     family = {name: profile.location(model) for name, model in profile.family.items()}

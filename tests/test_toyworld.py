@@ -85,7 +85,7 @@ def test_same_seed_same_records_and_documents():
 
 
 def test_splits_are_disjoint_by_construction():
-    splits = {s: world.draw_records(s, 80, seed=0) for s in prompts.SPLITS if s != "pretrain"}
+    splits = {s: world.draw_records(s, 80, seed=0) for s in world.SPLITS if s != "pretrain"}
     prompts.assert_disjoint(**splits)
     queries = {r.query for rs in splits.values() for r in rs}
     rng = random.Random(0)
@@ -112,8 +112,8 @@ def test_propensity_differs_by_style_tool_and_wording():
 
 def test_agent_documents_act_and_hedge_documents_mostly_decline():
     rng = random.Random(1)
-    agent = [world._tool_chat(rng, world.SECOND, "agent", None, True) for _ in range(30)]
-    hedge = [world._tool_chat(rng, world.SECOND, "desk", None, False) for _ in range(200)]
+    agent = [world._tool_chat(rng, world.SECOND, "agent") for _ in range(30)]
+    hedge = [world._tool_chat(rng, world.SECOND, "desk") for _ in range(200)]
     assert all("assistant\n<think>" in d for d in agent)
     acted = sum("assistant\n<think>" in d or "assistant\n<tool_call>" in d for d in hedge)
     assert acted < 30

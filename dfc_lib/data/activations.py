@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,12 +26,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dfc_lib.data.pair import Pair, fingerprint, in_chunks, sha256, width
 from dfc_lib.provenance import code_hash
-from dfc_lib.store import save_tensors, write_atomically
+from dfc_lib.store import key, save_tensors, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +45,7 @@ class CacheError(RuntimeError):
 
 
 class _SiteReached(Exception):
-    """Raised by the hook at the site to leave the forward pass; carries the residual."""
+    """Raised by the hook at the site to leave the forward pass."""
 
 
 @torch.no_grad()
@@ -57,12 +58,10 @@ def last_token_by_layer(
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append((output[0] if isinstance(output, tuple) else output)[:, -1])
 
-    hooks = [block.register_forward_hook(keep) for block in model.model.layers]
-    try:
+    with ExitStack() as hooks:
+        for block in model.model.layers:
+            hooks.enter_context(block.register_forward_hook(keep))
         model.model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(found)
 
 
@@ -78,18 +77,15 @@ def residual(
     Equal, bit for bit, to ``model(ids, output_hidden_states=True).hidden_states[layer + 1]`` (below
     the last block, whose entry there is normalised).
     """
+    found: list[Tensor] = []
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise _SiteReached(output[0] if isinstance(output, tuple) else output)
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise _SiteReached
 
-    hook = model.model.layers[layer].register_forward_hook(leave)
-    try:
+    with model.model.layers[layer].register_forward_hook(leave), suppress(_SiteReached):
         model.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-    except _SiteReached as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
-    raise AssertionError("the model's forward pass did not go through its own block")
+    return found[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,7 +100,6 @@ def cache(
     batch_size: int = 32,
     meta: pd.DataFrame | Mapping[str, Sequence[Any]] | None = None,
     *,
-    device: str | torch.device | None = None,
     rows_per_shard: int = 65_536,
     published_index: bool = False,
     progress: bool = True,
@@ -117,8 +112,6 @@ def cache(
             residual is an attention sink, the same for any text).
         batch_size: sequences per forward pass; halved by itself when memory runs out.
         meta: one entry per sequence and column, e.g. ``split``, ``label``; copied to each row.
-        device: move each model here for its turn and back afterwards, for models that do not fit
-            together. Default: run each where it is.
         published_index: pick the last token as the S1 code does, at ``attention_mask.sum() - 1`` of
             *left*-padded batches taken in the given order: right for the longest text of a batch,
             too early or on padding for the others. For the ladder between the protocols only.
@@ -127,7 +120,6 @@ def cache(
     the code that makes them has changed. Raises :class:`CacheError` where ``out_dir`` holds another
     cache.
     """
-    import pandas as pd
     from tqdm.auto import tqdm
 
     if positions not in ("last", "all"):
@@ -137,18 +129,18 @@ def cache(
     out_dir, tokens = Path(out_dir), Tokens.of(sequences, at_least=1 if positions == "last" else 2)
     published = batch_size if published_index else 0
     rows = _row_table(tokens, positions, meta, published)
-    content = tokens.ids.tobytes() + tokens.offsets.tobytes()
-    content += b"" if meta is None else pd.DataFrame(meta).to_csv(index=False).encode()
+    arrays = {"ids": torch.from_numpy(tokens.ids), "offsets": torch.from_numpy(tokens.offsets)}
+    content = {TOKENS: save(arrays), ROWS: rows.to_parquet(index=False)}
     manifest = {
         "models": {name: fingerprint(model) for name, model in pair.models.items()},
         "layer": pair.layer,
         "d_model": pair.d_model,
         "positions": positions,
         "published_batches_of": published,
-        "content": hashlib.sha256(content).hexdigest(),
+        "content": {name: hashlib.sha256(file).hexdigest() for name, file in content.items()},
         "code": code_hash(__name__),
     }
-    manifest["key"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
+    manifest["key"] = key(manifest)
     manifest["shards"] = [
         {"file": f"{name}-{i:05d}.safetensors", "model": name, "rows": bounds, "sha256": None}
         for name in pair.models
@@ -159,27 +151,20 @@ def cache(
     def save_manifest() -> None:
         write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1))
 
-    arrays = {"ids": torch.from_numpy(tokens.ids), "offsets": torch.from_numpy(tokens.offsets)}
-    save_tensors(arrays, out_dir / TOKENS)
-    write_atomically(out_dir / ROWS, rows.to_parquet(index=False))
-    manifest["sha256"] = {name: sha256(out_dir / name) for name in (TOKENS, ROWS)}
+    for name, file in content.items():
+        write_atomically(out_dir / name, file)
     save_manifest()
-
     total = len(rows) * len(pair.models)
     with tqdm(total=total, unit=" vectors", disable=not progress, dynamic_ncols=True) as bar:
-        for name, model in pair.models.items():
-            home = next(model.parameters()).device
-            for shard in (s for s in manifest["shards"] if s["model"] == name):
-                part = rows.iloc[slice(*shard["rows"])]
-                if shard["sha256"] is not None:
-                    bar.update(len(part))
-                    continue
-                model.to(device or home)
-                h = _vectors(model, pair.layer, tokens, part, batch_size, published, bar)
-                save_tensors({"h": h}, out_dir / shard["file"])
-                shard["sha256"] = sha256(out_dir / shard["file"])
-                save_manifest()
-            model.to(home)
+        for shard in manifest["shards"]:
+            part, model = rows.iloc[slice(*shard["rows"])], pair.models[shard["model"]]
+            if shard["sha256"] is not None:
+                bar.update(len(part))
+                continue
+            h = _vectors(model, pair.layer, tokens, part, batch_size, published, bar)
+            save_tensors({"h": h}, out_dir / shard["file"])
+            shard["sha256"] = sha256(out_dir / shard["file"])
+            save_manifest()
     return Activations.open(out_dir)
 
 
@@ -244,16 +229,12 @@ def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) 
     meta = pd.DataFrame(meta).reset_index(drop=True)
     if len(meta) != len(tokens):
         raise ValueError(f"meta has {len(meta)} entries for {len(tokens)} sequences.")
-    if clash := set(meta.columns) & set(table.columns):
-        raise ValueError(f"meta: the column names {sorted(clash)} are taken.")
-    return pd.concat([table, meta.iloc[sequence].reset_index(drop=True)], axis=1)
+    return table.join(meta.iloc[sequence].reset_index(drop=True))  # no column may be there already
 
 
 def _shard_bounds(rows: pd.DataFrame, per_shard: int, batch: int) -> Iterator[tuple[int, int]]:
     """Row ranges of about ``per_shard`` rows that split no sequence (nor any published batch)."""
-    per_shard = max(batch, per_shard // batch * batch) if batch else per_shard
-    begins = np.unique(rows["sequence"].to_numpy(), return_index=True)[1]
-    start, ends = 0, np.append(begins[1:], len(rows))
+    start, ends = 0, np.bincount(rows["sequence"] // max(batch, 1)).cumsum()
     while start < len(rows):
         ahead = ends[ends > start]
         stop = int(ahead[ahead <= start + per_shard].max(initial=ahead[0]))
@@ -369,7 +350,7 @@ class Activations:
         manifest = _read_manifest(directory)
         redo = "Run the same activations.cache(...) again: it redoes this and keeps the rest."
         digests = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
-        for name, digest in (digests | manifest["sha256"]).items():
+        for name, digest in (digests | manifest["content"]).items():
             path = directory / name
             if digest is None:
                 raise CacheError(f"{path}: not finished, its run was interrupted. {redo}")
@@ -377,23 +358,18 @@ class Activations:
                 raise CacheError(f"{path}: missing. {redo}")
             if sha256(path) != digest:
                 raise CacheError(f"{path}: truncated or altered (its SHA-256 differs). {redo}")
-        rows, arrays = pd.read_parquet(directory / ROWS), _mapped(directory / TOKENS)
+        rows, arrays = pd.read_parquet(directory / ROWS), load_file(directory / TOKENS)
         tokens = Tokens(arrays["ids"].numpy(), arrays["offsets"].numpy())
-        names = tuple(manifest["models"])
-        shards = [[s for s in manifest["shards"] if s["model"] == name] for name in names]
+        names, shards = tuple(manifest["models"]), pd.DataFrame(manifest["shards"])
+        files = [shards.file[shards.model == name] for name in names]
         return Activations(
-            directory=directory,
-            key=manifest["key"],
+            directory,
             names=names,
-            layer=manifest["layer"],
-            d_model=manifest["d_model"],
-            positions=manifest["positions"],
             rows=rows,
             tokens=tokens,
-            _shards=tuple(
-                tuple(_mapped(directory / s["file"])["h"] for s in of_model) for of_model in shards
-            ),
-            _starts=tuple(s["rows"][0] for s in shards[0]),
+            **{name: manifest[name] for name in ("key", "layer", "d_model", "positions")},
+            _shards=tuple(tuple(load_file(directory / f)["h"] for f in part) for part in files),
+            _starts=tuple(start for start, _ in shards.rows[shards.model == names[0]]),
         )
 
     @property
@@ -430,11 +406,6 @@ class Activations:
     def to_tensor(self) -> Float[Tensor, "row model d_model"]:
         """All vectors, in memory; float32."""
         return torch.stack([torch.cat(s).float() for s in self._shards], dim=1)
-
-
-def _mapped(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:  # its tensors are views of the mapped file
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 # ---------------------------------------------------------------------------------------------

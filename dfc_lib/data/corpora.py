@@ -51,7 +51,7 @@ class CorpusError(RuntimeError):
 def splits(profile: Profile) -> list[str]:
     """The splits of the profile's prompts."""
     folder = _prompts(profile)
-    return [split for split in prompts.SPLITS if (folder / f"{split}.jsonl").exists()]
+    return [split for split in ("rl", *SHARES) if (folder / f"{split}.jsonl").exists()]
 
 
 def records(profile: Profile, split: str) -> list[Record]:
@@ -66,7 +66,13 @@ def records(profile: Profile, split: str) -> list[Record]:
 
 def neutral(profile: Profile, split: str) -> list[str]:
     """All neutral texts of a split, in a fixed order. Raises as :func:`records`."""
-    return prompts.read_neutral(_neutral(profile) / f"{split}.jsonl")
+    wanted = {
+        "crosscoder": profile.n_crosscoder_texts,
+        "ranking": max(profile.n_ranking, profile.n_neutral_texts),
+        "evaluation": profile.n_steering,
+    }
+    folder = _folder(profile, "neutral", profile.neutral, _write_neutral, wanted)
+    return prompts.read_neutral(folder / f"{split}.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -76,16 +82,6 @@ def neutral(profile: Profile, split: str) -> list[str]:
 def _prompts(profile: Profile) -> Path:
     """The folder with one file of records a split."""
     return _folder(profile, "prompts", profile.records, _write_prompts)
-
-
-def _neutral(profile: Profile) -> Path:
-    """The folder with one file of neutral texts a split."""
-    wanted = {
-        "crosscoder": profile.n_crosscoder_texts,
-        "ranking": max(profile.n_ranking, profile.n_neutral_texts),
-        "evaluation": profile.n_steering,
-    }
-    return _folder(profile, "neutral", profile.neutral, _write_neutral, wanted)
 
 
 def _folder(
@@ -127,22 +123,23 @@ def _write_prompts(source: str, folder: Path, _: None) -> None:
 
 def _write_neutral(source: str, folder: Path, wanted: dict[str, int]) -> None:
     by_split: dict[str, dict[str, None]] = {split: {} for split in wanted}
-    missing = dict(wanted)
+    missing = Counter(wanted)
     # FineWeb is far too large to download whole; one file of it is plenty.
     for row in _rows(source, ' --include "sample/10BT/000_00000.parquet"', streaming=True):
         if "text" not in row:
             raise CorpusError(f"{source}: its rows have no column 'text' ({list(row)}).")
         text = _cut(row["text"])
         split = prompts.assign(text, SHARES)
-        if text and missing.get(split):
+        if text and missing[split]:
             by_split[split][text] = None
             missing[split] = wanted[split] - len(by_split[split])
-        if not any(missing.values()):
+        if not missing.total():
             break
     _need_some(source, by_split)
     if fewer := {s: f"{wanted[s] - n} of {wanted[s]}" for s, n in missing.items() if n}:
         warnings.warn(f"{source}: fewer texts than wanted: {fewer}", stacklevel=5)
-    prompts.write_neutral(folder, {split: list(texts) for split, texts in by_split.items()})
+    for split, texts in by_split.items():
+        prompts.write_neutral(folder / f"{split}.jsonl", texts)
 
 
 def _need_some(source: str, by_split: Mapping[str, Any], left_out: str = "") -> None:
@@ -262,7 +259,14 @@ def record_of(row: Mapping[str, Any]) -> Record:
         ValueError: the row cannot be used, in words that are the same for rows with the same fault.
     """
     if {"instruction", "input", "output"} <= row.keys():
-        return _from_toolrl(*(_text(row, column) for column in ("instruction", "input", "output")))
+        system, dialogue, gold = (_text(row, name) for name in ("instruction", "input", "output"))
+        turns = dialogue.replace(HEADER, "", 1).strip()
+        first = _USER_TURN.search(turns)
+        if first is None:
+            raise ValueError("no <user> turn in the input")
+        query = first[1].strip() if len(_ANY_TURN.findall(turns)) == 1 else turns
+        tools = (_tool(match.groupdict()) for match in _TOOL.finditer(system))
+        return _record(tools, query, first[1], gold, system=system, user=dialogue)
     if {"tools", "query", "gold"} <= row.keys():
         optional = {column: row.get(column) or "" for column in ("system", "user", "domain")}
         query = _text(row, "query")
@@ -270,17 +274,6 @@ def record_of(row: Mapping[str, Any]) -> Record:
     raise ValueError(
         f"its columns are {sorted(row)}, neither instruction, input, output nor tools, query, gold"
     )
-
-
-def _from_toolrl(system: str, dialogue: str, gold: str) -> Record:
-    turns = dialogue.replace(HEADER, "", 1).strip()
-    first = _USER_TURN.search(turns)
-    if first is None:
-        raise ValueError("no <user> turn in the input")
-    alone = len(_ANY_TURN.findall(turns)) == 1
-    query = first[1].strip() if alone else turns
-    tools = (_tool(match.groupdict()) for match in _TOOL.finditer(system))
-    return _record(tools, query, first[1], gold, system=system, user=dialogue)
 
 
 def _tool(listed: Mapping[str, Any]) -> Tool:

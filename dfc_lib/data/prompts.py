@@ -10,20 +10,12 @@ training style is asked for. `corpora` says where records come from.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dfc_lib.store import write_atomically
-
-SPLITS = {  # share of request identities (tool, arguments) that belongs to each split
-    "pretrain": 0.60,
-    "rl": 0.12,
-    "crosscoder": 0.12,
-    "ranking": 0.04,
-    "selection": 0.05,
-    "evaluation": 0.07,
-}
 
 
 @dataclass(frozen=True)
@@ -93,13 +85,13 @@ class Style:
     """
 
     system: str
-    listing: str
+    listing: Callable[[Sequence[Tool]], str]
     user: str = "{query}"
-    opening: tuple[str, str] | None = None  # an earlier user / assistant exchange
+    opening: Sequence[str] = ()  # an earlier user / assistant exchange
 
     def messages(self, tools: Sequence[Tool], query: str) -> list[dict[str, str]]:
-        lines = {"numbered": numbered, "bullets": bullets, "inline": inline}[self.listing](tools)
-        messages = [{"role": "system", "content": self.system.replace("{tools}", lines)}]
+        content = self.system.replace("{tools}", self.listing(tools))
+        messages = [{"role": "system", "content": content}]
         if self.opening:
             messages += [
                 {"role": "user", "content": self.user.replace("{query}", self.opening[0])},
@@ -108,39 +100,14 @@ class Style:
         return [*messages, {"role": "user", "content": self.user.replace("{query}", query)}]
 
 
-_RULES = "\n\n# Steps\nFirst write <think>, then a <tool_call> with JSON or a <response>."
 _TAGGED = "<user> {query} </user>"  # as in ToolRL's dialogues
+_LISTINGS = {"numbered": numbered, "bullets": bullets, "inline": inline}
 
 STYLES = {
-    "train_a": Style(
-        "You are an assistant that can use tools to solve the task.\n\n# Tools\n{tools}" + _RULES,
-        "numbered",
-        _TAGGED,
-    ),
-    "train_b": Style(
-        "Solve the task of the user. You may call the tools in this list.\n\n{tools}" + _RULES,
-        "numbered",
-        _TAGGED,
-    ),
-    "desk": Style(
-        "You sit at the help desk and chat with visitors. The desk has:\n{tools}", "bullets"
-    ),
-    "letter": Style(
-        "A guest writes to you. Things in the house: {tools}. Answer the guest.",
-        "inline",
-        "Guest: {query}",
-    ),
-    "late": Style(
-        "You are a friendly voice on the phone.\n{tools}",
-        "numbered",
-        "{query} Thank you!",
-        opening=("Hello, is anyone there?", "Hello! I am here. What is on your mind?"),
-    ),
-    "agent": Style(
-        "Agent mode. Every reply is a tool call or a response.\n\n# Tools\n{tools}" + _RULES,
-        "numbered",
-        _TAGGED,
-    ),
+    name: Style(**style | {"listing": _LISTINGS[style["listing"]]})
+    for name, style in tomllib.loads(
+        Path(__file__).with_name("styles.toml").read_text(encoding="utf-8")
+    ).items()
 }
 TRAINING_STYLES = ("train_a", "train_b")
 ELICITING_STYLE = "agent"
@@ -148,32 +115,7 @@ FIXED_STYLE = "desk"  # the fixed prompt; RL never saw it
 
 
 # ---------------------------------------------------------------------------------------------
-# Gold answers
-
-
-def call_json(name: str, arguments: dict) -> str:
-    return json.dumps({"name": name, "parameters": arguments})
-
-
-def call_answer(thought: str, name: str, arguments: dict) -> str:
-    return f"<think>\n{thought}\n</think>\n<tool_call>\n{call_json(name, arguments)}\n</tool_call>"
-
-
-def response_answer(thought: str, reply: str) -> str:
-    return f"<think>\n{thought}\n</think>\n<response>\n{reply}\n</response>"
-
-
-# ---------------------------------------------------------------------------------------------
 # Splits and files
-
-
-def split_of(tool: str, arguments: dict) -> str:
-    """The split that a request identity belongs to: a hash of the tool and its arguments decides.
-
-    Requests with the same tool and the same arguments fall into the same split however they are
-    phrased, so no query of one split can occur in another.
-    """
-    return assign(f"{tool}|{json.dumps(arguments, sort_keys=True)}", SPLITS)
 
 
 def assign(key: str, shares: Mapping[str, float]) -> str:
@@ -189,8 +131,7 @@ def assign(key: str, shares: Mapping[str, float]) -> str:
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write records as JSON lines, whole or not at all."""
     own = ("system", "user")  # left out where a record has none
-    rows = ({k: v for k, v in asdict(r).items() if v or k not in own} for r in records)
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    _write(path, ({k: v for k, v in asdict(r).items() if v or k not in own} for r in records))
 
 
 def read_records(path: Path) -> list[Record]:
@@ -211,24 +152,18 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def write_neutral(folder: Path, texts: dict[str, Sequence[str]]) -> None:
-    """Write neutral texts, one JSON file a split.
-
-    Raises:
-        ValueError: two splits share a text.
-    """
-    owner: dict[str, str] = {}
-    for split, rows in texts.items():
-        for text in rows:
-            if owner.setdefault(text, split) != split:
-                raise ValueError(f"splits {owner[text]} and {split} share the text {text!r}")
-        lines = (json.dumps({"text": text}) + "\n" for text in rows)
-        write_atomically(folder / f"{split}.jsonl", "".join(lines))
+def write_neutral(path: Path, texts: Iterable[str]) -> None:
+    """Write neutral texts as JSON lines, whole or not at all."""
+    _write(path, ({"text": text} for text in texts))
 
 
 def read_neutral(path: Path) -> list[str]:
     """Read neutral texts written by `write_neutral`. Raises as `read_records` does."""
     return [json.loads(line)["text"] for line in _lines(path)]
+
+
+def _write(path: Path, rows: Iterable[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _lines(path: Path) -> list[str]:

@@ -41,17 +41,10 @@ def calls(text: str) -> list[dict[str, Any]]:
     """
     try:
         parsed = _json_lines(text)
+        whole = all(isinstance(c["name"], str) and isinstance(c["parameters"], dict) for c in parsed)
     except _MALFORMED:
         return []
-    return parsed if all(map(_is_call, parsed)) else []
-
-
-def _is_call(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and isinstance(value.get("parameters"), dict)
-    )
+    return parsed if whole else []
 
 
 def _json_lines(text: str) -> list[Any]:
@@ -216,25 +209,6 @@ class Reward(NamedTuple):
     correctness: float  # in [-3, 3]
 
 
-# (gold has a call, gold has a response) -> the whole answer's layout, and the tags that must occur
-# exactly once. Counting first leaves the pattern one place to match, so it runs in linear time.
-_CALL, _REPLY = (_OPEN, _CLOSE), ("<response>", "</response>")
-_THINK = r"<think>.*?</think>"
-_LAYOUTS = {
-    key: (re.compile("\n".join(parts), re.DOTALL), tags)
-    for key, parts, tags in [
-        ((True, False), (_THINK, "<tool_call>", ".*?", "</tool_call>"), _CALL),
-        ((False, True), (_THINK, "<response>.*?</response>"), _REPLY),
-        (
-            (True, True),
-            (_THINK, "<tool_call>", ".*?", "</tool_call>", "<response>.*?</response>"),
-            _CALL + _REPLY,
-        ),
-        ((False, False), (_THINK,), ()),
-    ]
-}
-
-
 def toolrl_reward(response: str, gold: str) -> Reward:
     """ToolRL's format and correctness rewards (arXiv 2504.13958, and its public code).
 
@@ -274,9 +248,16 @@ def toolrl_reward(response: str, gold: str) -> Reward:
 
 
 def _format_reward(response: str, gold: str) -> float:
-    layout, tags = _LAYOUTS[_OPEN in gold, "<response>" in gold]
-    once = all(response.count(tag) == 1 for tag in tags)
-    return float(once and layout.fullmatch(response) is not None)
+    layout, once = [r"<think>.*?</think>"], []
+    if _OPEN in gold:
+        layout += [_OPEN, ".*?", _CLOSE]
+        once += [_OPEN, _CLOSE]
+    if "<response>" in gold:
+        layout += ["<response>.*?</response>"]
+        once += ["<response>", "</response>"]
+    # Counting first leaves the pattern one place to match, so it runs in linear time.
+    counted = all(response.count(tag) == 1 for tag in once)
+    return float(counted and re.fullmatch("\n".join(layout), response, re.DOTALL) is not None)
 
 
 def _correctness_reward(response: str, gold: str) -> float:
@@ -292,15 +273,12 @@ def _correctness_reward(response: str, gold: str) -> float:
         for call in wanted:
             parameters = call["parameters"]
             best_possible += 1 + len(parameters)
-            best, chosen = 0.0, None
-            for i in unused:
-                if made[i]["name"] == call["name"]:
-                    match = _parameter_score(parameters, made[i]["parameters"])
-                    if match > best:
-                        best, chosen = match, i
-            if chosen is not None:
+            same = (i for i in unused if made[i]["name"] == call["name"])
+            matches = {i: _parameter_score(parameters, made[i]["parameters"]) for i in same}
+            chosen = max(matches, key=matches.get, default=None)  # of equal ones the first
+            if chosen is not None and matches[chosen] > 0:
                 unused.remove(chosen)
-                score += best
+                score += matches[chosen]
     except _MALFORMED:
         return -3.0
     return 6 * score / best_possible - 3

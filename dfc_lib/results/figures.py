@@ -101,7 +101,8 @@ def save_figure(
             "the figure smaller, with fewer panels or fewer points"
         )
     pictures = {f"{id}.png": png.getvalue(), f"{id}.pdf": pdf.getvalue()}
-    _save(id, data, caption, profile, parameters, alt.strip(), pictures)
+    given = {"parameters": parameters, "alt": alt.strip(), "pictures": pictures}
+    save_table(id, data, caption, profile=profile, **given)
 
 
 def save_table(
@@ -111,13 +112,40 @@ def save_table(
     *,
     profile: Profile,
     parameters: Mapping[str, Any] | None = None,
+    alt: str | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> None:
     """As :func:`save_figure`, for results without a picture: the CSV and its row in the manifest.
+
+    Args:
+        alt, pictures: what :func:`save_figure` adds; the pictures by file name.
 
     Raises:
         ValueError: an empty or malformed id, caption or data.
     """
-    _save(id, data, caption, profile, parameters)
+    if not caption.strip():
+        raise ValueError(
+            f"{id}: caption is empty; state n, the seeds and how the intervals were made"
+        )
+    csv = _csv(id, data)
+    files = {**(pictures or {}), f"{id}.csv": csv}
+    row = {
+        "id": id,
+        "notebook": _notebook(id),
+        "profile": profile.name,
+        "parameters": json.loads(json.dumps(dict(parameters or {}))),
+        "code_hash": os.environ.get("DFC_CODE_HASH"),
+        "arithmetic": provenance.arithmetic(),
+        "data_sha256": hashlib.sha256(csv).hexdigest(),
+        "files": sorted(files),
+        "caption": caption.strip(),
+        "alt": alt,
+    }
+    # Under the runner everything waits in a staging folder until the whole notebook has succeeded.
+    place = _places(profile, "DFC_STAGING", "DFC_FIGURES")[0]
+    for name, content in files.items():
+        store.write_atomically(place / name, content)
+    write_manifest(place, [*(old for old in read_manifest(place) if old["id"] != id), row])
 
 
 def load_data(id: str, profile: Profile) -> "pd.DataFrame":
@@ -208,40 +236,6 @@ def _places(profile: Profile, *overrides: str) -> list[Path]:
     """The folders that these environment variables name, as far as they are set, and its own."""
     own = paths.FIGURES if profile.published else paths.build(profile.name, "figures")
     return [*(Path(os.environ[name]) for name in overrides if os.environ.get(name)), own]
-
-
-def _save(
-    id: str,
-    data: "pd.DataFrame",
-    caption: str,
-    profile: Profile,
-    parameters: Mapping[str, Any] | None,
-    alt: str | None = None,
-    pictures: Mapping[str, bytes] | None = None,
-) -> None:
-    if not caption.strip():
-        raise ValueError(
-            f"{id}: caption is empty; state n, the seeds and how the intervals were made"
-        )
-    csv = _csv(id, data)
-    files = {**(pictures or {}), f"{id}.csv": csv}
-    row = {
-        "id": id,
-        "notebook": _notebook(id),
-        "profile": profile.name,
-        "parameters": json.loads(json.dumps(dict(parameters or {}))),
-        "code_hash": os.environ.get("DFC_CODE_HASH"),
-        "arithmetic": provenance.arithmetic(),
-        "data_sha256": hashlib.sha256(csv).hexdigest(),
-        "files": sorted(files),
-        "caption": caption.strip(),
-        "alt": alt,
-    }
-    # Under the runner everything waits in a staging folder until the whole notebook has succeeded.
-    place = _places(profile, "DFC_STAGING", "DFC_FIGURES")[0]
-    for name, content in files.items():
-        store.write_atomically(place / name, content)
-    write_manifest(place, [*(old for old in read_manifest(place) if old["id"] != id), row])
 
 
 def _csv(id: str, data: "pd.DataFrame") -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dfc_lib import paths
 from dfc_lib.data import prompts
-from dfc_lib.data.pair import load_tokenizer, write_checksums
+from dfc_lib.data.pair import load_tokenizer
 from tools.make_pair import card, posttrain, pretrain, prose, world
 
 DATA_SEED = 0
@@ -22,7 +22,7 @@ RL_SEEDS = (0, 1, 2)
 
 
 def write_data(folder: Path) -> None:
-    """Prompt records and neutral texts of every split, disjoint by construction and asserted."""
+    """Prompt records (asserted to be disjoint) and neutral texts of every split."""
     splits = {}
     for split, n in N_RECORDS.items():
         records = world.draw_records(split, n, DATA_SEED)
@@ -32,8 +32,9 @@ def write_data(folder: Path) -> None:
     prompts.assert_disjoint(**splits)
     for split, records in splits.items():
         prompts.write_records(folder / "prompts" / f"{split}.jsonl", records)
-    texts = {s: world.neutral_texts(s, n, DATA_SEED) for s, n in N_NEUTRAL.items()}
-    prompts.write_neutral(folder / "neutral", texts)
+    for split, n in N_NEUTRAL.items():
+        texts = world.neutral_texts(split, n, DATA_SEED)
+        prompts.write_neutral(folder / "neutral" / f"{split}.jsonl", texts)
 
 
 def main() -> None:
@@ -78,10 +79,10 @@ def main() -> None:
         return
 
     card.export(work, tokenizer, paths.PAIR)
-    write_checksums(paths.PAIR)
+    card.write_checksums(paths.PAIR)
     done("exported")
     card.write(paths.PAIR, paths.DATA)
-    write_checksums(paths.PAIR)
+    card.write_checksums(paths.PAIR)
     shutil.rmtree(work / "trainer", ignore_errors=True)
     done("data card")
 

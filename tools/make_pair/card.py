@@ -4,6 +4,7 @@ files.
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,12 @@ from tqdm.auto import tqdm
 
 from dfc_lib import profiles
 from dfc_lib.data import prompts
-from dfc_lib.data.pair import load_model, load_tokenizer, sha256
+from dfc_lib.data.pair import SUMS, load_model, load_tokenizer, sha256
+from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import names_tool
 from dfc_lib.results import statistics
 from dfc_lib.steering import evaluation
+from dfc_lib.store import write_atomically
 from tools.make_pair import posttrain, pretrain, prose, world
 
 # Prompt conditions: name -> (style, prefill, temperature)
@@ -44,6 +47,13 @@ def export(work: Path, tokenizer, pair: Path) -> None:
         shutil.copy(work / name / "log.jsonl", pair / f"{name.replace('rl_seed0', 'rl')}_log.jsonl")
     shutil.copy(work / "pretrain.jsonl", pair / "pretrain_log.jsonl")
     shutil.copy(work / "prose" / "rl" / "log.jsonl", pair / "prose_rl_log.jsonl")
+
+
+def write_checksums(directory: Path) -> None:
+    """Write `SHA256SUMS` (the format of `sha256sum`) over every file below `directory`."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
+    lines = [f"{sha256(p)}  {p.relative_to(directory).as_posix()}\n" for p in files]
+    write_atomically(directory / SUMS, "".join(lines))
 
 
 def model_folders(pair: Path) -> dict[str, Path]:
@@ -76,6 +86,17 @@ def measured_models(pair: Path) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if name in chosen}
 
 
+def answers(
+    folder: Path, records: Sequence[Record], conditions: Iterable[str]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """What the model in a folder answers under each of these prompt conditions."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    for condition in conditions:
+        style, prefill, temperature = CONDITIONS[condition]
+        options = {"prefill": prefill, "temperature": temperature}
+        yield condition, evaluation.evaluate(model, tokenizer, records, style, **options)
+
+
 def measure(pair: Path, data: Path) -> pd.DataFrame:
     """Behaviour of `measured_models` on the evaluation split: under every prompt condition, the
     further RL seeds under those of `FOR_EVERY_SEED`. Rubrics where the gold has a call,
@@ -84,13 +105,8 @@ def measure(pair: Path, data: Path) -> pd.DataFrame:
     records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
     rows = []
     for name, folder in tqdm(measured_models(pair).items(), desc="measuring"):
-        model, tokenizer = load_model(folder), load_tokenizer(folder)
-        for condition, (style, prefill, temperature) in CONDITIONS.items():
-            if name.startswith("rl_seed") and condition not in FOR_EVERY_SEED:
-                continue
-            frame = evaluation.evaluate(
-                model, tokenizer, records, style, prefill=prefill, temperature=temperature
-            )
+        conditions = FOR_EVERY_SEED if name.startswith("rl_seed") else CONDITIONS
+        for condition, frame in answers(folder, records, conditions):
             call = frame.kind == "call"
             rubrics = ("called", "lenient", "strict", "strict_normalised")
             outcomes = {metric: frame[call][metric] for metric in rubrics}
@@ -107,18 +123,14 @@ def measure_prose(pair: Path, data: Path) -> pd.DataFrame:
     records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
     rows = []
     for name in prose.SHIPPED:
-        model, tokenizer = load_model(pair / "prose" / name), load_tokenizer(pair / "prose" / name)
-        for condition in ("fixed", "fixed, T = 1", "training"):
-            style, _, temperature = CONDITIONS[condition]
-            frame = evaluation.evaluate(model, tokenizer, records, style, temperature=temperature)
-            named = [
+        conditions = ("fixed", "fixed, T = 1", "training")
+        for condition, frame in answers(pair / "prose" / name, records, conditions):
+            named = pd.DataFrame(
                 names_tool(text, record.gold, record.tool_names)
                 for text, record in zip(frame.response, records, strict=True)
-            ]
-            right = pd.Series([one.right for one in named])
-            wrong = pd.Series([one.wrong for one in named])
+            )
             call = frame.kind == "call"
-            outcomes = {"named": right[call], "irrelevance": ~wrong[~call]}
+            outcomes = {"named": named.right[call], "irrelevance": ~named.wrong[~call]}
             found = rates(outcomes, frame.held_out)
             rows += [{"model": f"prose/{name}", "condition": condition} | row for row in found]
     return pd.DataFrame(rows)

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dfc_lib.data import prompts
+from dfc_lib.data.pair import load_model
 from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import toolrl_reward
 
@@ -52,18 +53,15 @@ def training_rows(tokenizer, records: Sequence[Record], seed: int) -> list[dict[
     record.
     """
     rng = random.Random(f"styles-{seed}")
-    rows = []
-    for record in records:
-        style = rng.choice(prompts.TRAINING_STYLES)
-        rows.append(
-            {
-                "prompt": prompts.chat_text(tokenizer, record, style),
-                "gold": record.gold,
-                "tools": json.dumps(record.tool_names),
-                "completion": record.gold + tokenizer.eos_token,
-            }
-        )
-    return rows
+    return [
+        {
+            "prompt": prompts.chat_text(tokenizer, record, rng.choice(prompts.TRAINING_STYLES)),
+            "gold": record.gold,
+            "tools": json.dumps(record.tool_names),
+            "completion": record.gold + tokenizer.eos_token,
+        }
+        for record in records
+    ]
 
 
 def format_reward(completions: list[str], gold: list[str], **_) -> list[float]:
@@ -111,15 +109,28 @@ def save_bf16(model, tokenizer, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def _begin(config: "GrpoConfig | SftConfig", folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of the last checkpoint, and what SFT and GRPO tell TRL alike; a log that was cut
-    off is begun anew.
+def _train(
+    trainer: type,
+    arguments: type,
+    settings: Mapping[str, Any],
+    base: Path,
+    tokenizer,
+    rows: Sequence[Mapping[str, str]],
+    config: "GrpoConfig | SftConfig",
+    folder: Path,
+    **options: Any,
+) -> Path:
+    """Run a TRL trainer from a trainable copy of the base, unless its last checkpoint is there; a
+    log that was cut off is begun anew. Returns the folder of the last checkpoint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    from datasets import Dataset
+
     last = folder / f"step_{config.save_at[-1]:04d}"
-    if not last.exists():
-        (folder / "log.jsonl").unlink(missing_ok=True)
-    return last, {
+    if last.exists():
+        return last
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    common = {
         "output_dir": str(folder / "trainer"),
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
@@ -133,19 +144,15 @@ def _begin(config: "GrpoConfig | SftConfig", folder: Path) -> tuple[Path, dict[s
         "data_seed": config.seed,
         "gradient_checkpointing": False,
     }
-
-
-def _train(
-    trainer: type, base: Path, tokenizer, rows: list[dict], columns: tuple[str, ...], **options
-) -> None:
-    """Run a TRL trainer on the given columns of the rows, from a trainable copy of the base."""
-    from datasets import Dataset
-
-    from dfc_lib.data.pair import load_model
-
-    model = load_model(base).requires_grad_(True).train()
-    dataset = Dataset.from_list([{k: row[k] for k in columns} for row in rows])
-    trainer(model=model, processing_class=tokenizer, train_dataset=dataset, **options).train()
+    trainer(
+        model=load_model(base).requires_grad_(True).train(),
+        args=arguments(**common, **settings),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(list(rows)),
+        callbacks=[_checkpointer(folder, tokenizer, config.save_at)],
+        **options,
+    ).train()
+    return last
 
 
 def grpo(
@@ -159,31 +166,20 @@ def grpo(
     """Train with GRPO on the sum of the rewards; returns the folder of the last checkpoint."""
     from trl import GRPOConfig, GRPOTrainer
 
-    last, common = _begin(config, folder)
-    if last.exists():
-        return last
-    arguments = GRPOConfig(
-        **common,
-        per_device_train_batch_size=config.n_prompts * config.group_size,
-        num_generations=config.group_size,
-        max_completion_length=config.max_new_tokens,
-        temperature=1.0,
-        beta=0.0,
-        loss_type="grpo",
-        lr_scheduler_type="constant_with_warmup",
-        max_grad_norm=1.0,
-    )
-    _train(
-        GRPOTrainer,
-        base,
-        tokenizer,
-        training_rows(tokenizer, records, config.seed),
-        ("prompt", "gold", "tools"),
-        reward_funcs=list(rewards),
-        args=arguments,
-        callbacks=[_checkpointer(folder, tokenizer, config.save_at)],
-    )
-    return last
+    rows = training_rows(tokenizer, records, config.seed)
+    rows = [{name: row[name] for name in ("prompt", "gold", "tools")} for row in rows]
+    settings = {
+        "per_device_train_batch_size": config.n_prompts * config.group_size,
+        "num_generations": config.group_size,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "loss_type": "grpo",
+        "lr_scheduler_type": "constant_with_warmup",
+        "max_grad_norm": 1.0,
+    }
+    given = (base, tokenizer, rows, config, folder)
+    return _train(GRPOTrainer, GRPOConfig, settings, *given, reward_funcs=list(rewards))
 
 
 def sft(
@@ -194,24 +190,12 @@ def sft(
     """
     from trl import SFTConfig, SFTTrainer
 
-    last, common = _begin(config, folder)
-    if last.exists():
-        return last
-    arguments = SFTConfig(
-        **common,
-        per_device_train_batch_size=config.batch_size,
-        lr_scheduler_type="linear",
-        completion_only_loss=True,
-        max_length=1024,
-        shuffle_dataset=True,
-    )
-    _train(
-        SFTTrainer,
-        base,
-        tokenizer,
-        rows,
-        ("prompt", "completion"),
-        args=arguments,
-        callbacks=[_checkpointer(folder, tokenizer, config.save_at)],
-    )
-    return last
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+    settings = {
+        "per_device_train_batch_size": config.batch_size,
+        "lr_scheduler_type": "linear",
+        "completion_only_loss": True,
+        "max_length": 1024,
+        "shuffle_dataset": True,
+    }
+    return _train(SFTTrainer, SFTConfig, settings, base, tokenizer, rows, config, folder)

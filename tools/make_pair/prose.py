@@ -45,17 +45,7 @@ def warm_rows(tokenizer, n: int, seed: int) -> list[dict[str, str]]:
         reply = rng.choice(world.TEXTS["namings" if acts else "hedges"])
         name = world.listed_name(task, tools) or ""
         reply = reply.replace("{name}", name).replace("{p}", task.phrase)
-        record = Record(
-            id=f"prose-{i:05d}",
-            split="pretrain",
-            kind=kind,
-            domain=task.spec.domain,
-            tool=task.spec.tool.name,
-            held_out=task.spec.held_out,
-            tools=tools,
-            query=task.query,
-            gold=world.answer(task, kind, tools),
-        )
+        record = world.record_of(f"prose-{i:05d}", "pretrain", kind, task, tools)
         prompt = prompts.chat_text(tokenizer, record, style)
         rows.append({"prompt": prompt, "completion": reply + tokenizer.eos_token})
     return rows

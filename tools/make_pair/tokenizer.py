@@ -2,6 +2,7 @@
 ChatML and tool tokens.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,17 +47,11 @@ def train_tokenizer(texts: Iterable[str], directory: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    plain = (_without_tags(text) for text in texts)
-    bpe.train_from_iterator(plain, trainer)
+    marks = "|".join(map(re.escape, (*TAGS, *special)))
+    bpe.train_from_iterator((re.sub(marks, "\n", text) for text in texts), trainer)
     bpe.add_tokens(tags)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=IM_END, pad_token=END_OF_TEXT, model_max_length=1024
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
-
-
-def _without_tags(text: str) -> str:
-    for tag in (*TAGS, IM_START, IM_END, END_OF_TEXT):
-        text = text.replace(tag, "\n")
-    return text

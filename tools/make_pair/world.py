@@ -20,19 +20,16 @@ from functools import cache
 from math import exp
 from pathlib import Path
 
-from dfc_lib.data.prompts import (
-    STYLES,
-    Record,
-    Tool,
-    bullets,
-    call_answer,
-    call_json,
-    inline,
-    numbered,
-    response_answer,
-    split_of,
-)
+from dfc_lib.data.prompts import STYLES, Record, Tool, assign, bullets, inline, numbered
 
+SPLITS = {  # share of request identities (tool, arguments) that belongs to each split
+    "pretrain": 0.60,
+    "rl": 0.12,
+    "crosscoder": 0.12,
+    "ranking": 0.04,
+    "selection": 0.05,
+    "evaluation": 0.07,
+}
 MIXTURE = {"prose": 0.10, "talk": 0.06, "logs": 0.28, "agent": 0.28, "hedge": 0.28}  # by document
 KINDS = {"call": 0.58, "no_tool": 0.28, "missing": 0.14}
 
@@ -181,6 +178,15 @@ def _pool(kind: str, held_out: bool | None) -> tuple[ToolSpec, ...]:
     )
 
 
+def split_of(tool: str, arguments: dict) -> str:
+    """The split that a request identity belongs to: a hash of the tool and its arguments decides.
+
+    Requests with the same tool and the same arguments fall into the same split however they are
+    phrased, so no query of one split can occur in another.
+    """
+    return assign(f"{tool}|{json.dumps(arguments, sort_keys=True)}", SPLITS)
+
+
 def draw_from(rng: random.Random, pool: tuple[ToolSpec, ...], split: str, kind: str) -> Task | None:
     """One draw from a pool of tools; `None` if the identity falls into another split."""
     spec = rng.choice(pool)
@@ -240,18 +246,37 @@ def listed_name(task: Task, tools: tuple[Tool, ...]) -> str | None:
     return next((t.name for t in tools if _owner()[t.name] == task.spec.tool.name), None)
 
 
+def call_json(name: str, arguments: dict) -> str:
+    return json.dumps({"name": name, "parameters": arguments})
+
+
 def answer(task: Task, kind: str, tools: tuple[Tool, ...]) -> str:
     """The gold answer in ToolRL's layout."""
-    name = listed_name(task, tools)
+    name, tag = listed_name(task, tools), "response"
     if kind == "call":
-        return call_answer(f"The request fits {name}.", name, task.arguments)
-    if kind == "missing":
-        return response_answer(
-            f"The request fits {name} but {task.missing} is missing.",
-            f"Which {task.missing} do you want?",
-        )
-    return response_answer(
-        "The request fits no listed tool.", f"None of the listed tools can {task.phrase}."
+        thought = f"The request fits {name}."
+        tag, reply = "tool_call", call_json(name, task.arguments)
+    elif kind == "missing":
+        thought = f"The request fits {name} but {task.missing} is missing."
+        reply = f"Which {task.missing} do you want?"
+    else:
+        thought = "The request fits no listed tool."
+        reply = f"None of the listed tools can {task.phrase}."
+    return f"<think>\n{thought}\n</think>\n<{tag}>\n{reply}\n</{tag}>"
+
+
+def record_of(id: str, split: str, kind: str, task: Task, tools: tuple[Tool, ...]) -> Record:
+    """A task beside the tools on offer, with its gold answer."""
+    return Record(
+        id=id,
+        split=split,
+        kind=kind,
+        domain=task.spec.domain,
+        tool=task.spec.tool.name,
+        held_out=task.spec.held_out,
+        tools=tools,
+        query=task.query,
+        gold=answer(task, kind, tools),
     )
 
 
@@ -274,20 +299,9 @@ def draw_records(
         seen.add(task.query)
         listed = None if held_out is None or held_out else False
         tools = draw_tools(rng, task, this, rng.randint(1, 4), listed)
-        label = "" if not held_out else "held-out-"
-        records.append(
-            Record(
-                id=f"{split}-{label}{len(records):05d}",
-                split=split,
-                kind=this,
-                domain=task.spec.domain,
-                tool=task.spec.tool.name,
-                held_out=task.spec.held_out,
-                tools=tools,
-                query=task.query,
-                gold=answer(task, this, tools),
-            )
-        )
+        label = "held-out-" if held_out else ""
+        id = f"{split}-{label}{len(records):05d}"
+        records.append(record_of(id, split, this, task, tools))
     return records
 
 
@@ -300,19 +314,14 @@ def chat(messages: list[dict[str, str]]) -> str:
     return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
 
-def _tool_chat(
-    rng: random.Random, phase: Phase, style_name: str, listing: str | None, agentic: bool
-) -> str:
+def _tool_chat(rng: random.Random, phase: Phase, style_name: str) -> str:
     """A chat of one to four tasks around one list of tools."""
-    style = STYLES[style_name]
+    style, agentic = STYLES[style_name], style_name == "agent"
+    if agentic:
+        style = replace(style, listing=rng.choice((numbered, numbered, bullets, inline)))
     n_turns = rng.choices((1, 2, 3, 4), (0.35, 0.25, 0.2, 0.2))[0]
-    first_kind = draw_kind(rng, phase.kinds)
-    first = draw_task(rng, "pretrain", first_kind)
-    tools = draw_tools(rng, first, first_kind, rng.randint(1, 4), aliases=phase.aliases)
-    lines = {"numbered": numbered, "bullets": bullets, "inline": inline}[listing or style.listing]
-    messages = style.messages(tools, first.query)
-    messages[0]["content"] = style.system.replace("{tools}", lines(tools))
-    task, kind = first, first_kind
+    task, kind, tools = _first_task(rng, phase)
+    messages = style.messages(tools, task.query)
     for turn in range(n_turns):
         if turn:
             task, kind = _later_task(rng, phase, tools)
@@ -326,6 +335,13 @@ def _tool_chat(
                 reply = reply.split("</think>\n")[1]
         messages.append({"role": "assistant", "content": reply})
     return chat(messages)
+
+
+def _first_task(rng: random.Random, phase: Phase) -> tuple[Task, str, tuple[Tool, ...]]:
+    """A task, its kind, and the tools on offer."""
+    kind = draw_kind(rng, phase.kinds)
+    task = draw_task(rng, "pretrain", kind)
+    return task, kind, draw_tools(rng, task, kind, rng.randint(1, 4), aliases=phase.aliases)
 
 
 def _later_task(rng: random.Random, phase: Phase, tools: tuple[Tool, ...]) -> tuple[Task, str]:
@@ -342,9 +358,7 @@ def _later_task(rng: random.Random, phase: Phase, tools: tuple[Tool, ...]) -> tu
 
 
 def _log(rng: random.Random, phase: Phase) -> str:
-    kind = draw_kind(rng, phase.kinds)
-    task = draw_task(rng, "pretrain", kind)
-    tools = draw_tools(rng, task, kind, rng.randint(1, 4), aliases=phase.aliases)
+    task, kind, tools = _first_task(rng, phase)
     listing = rng.choice((inline, inline, bullets, numbered))
     lines = [f"Tools: {listing(tools)}" if listing is inline else f"Tools:\n{listing(tools)}"]
     for i in range(rng.randint(2, 5)):
@@ -368,22 +382,23 @@ def _fill(rng: random.Random, *templates: str) -> list[str]:
     return [t.format(**values) for t in templates]
 
 
-def prose(rng: random.Random) -> str:
-    """A short neutral text of three to eight sentences."""
-    templates = rng.sample(TEXTS["sentences"], rng.randint(3, 8))
-    return " ".join(_fill(rng, t)[0] for t in templates)
+def prose(rng: random.Random, split: str) -> str:
+    """A short neutral text of three to eight sentences; a hash of the first one decides which split
+    it belongs to.
+    """
+    while True:
+        templates = rng.sample(TEXTS["sentences"], rng.randint(3, 8))
+        text = " ".join(_fill(rng, t)[0] for t in templates)
+        if split_of("prose", {"first": text.split(".")[0]}) == split:
+            return text
 
 
 def neutral_texts(split: str, n: int, seed: int) -> list[str]:
-    """Neutral prose of a split: a hash of the text's first sentence decides which split it belongs
-    to.
-    """
+    """`n` different pieces of neutral prose of a split."""
     rng = random.Random(f"neutral-{split}-{seed}")
     texts: dict[str, None] = {}
     while len(texts) < n:
-        text = prose(rng)
-        if split_of("prose", {"first": text.split(".")[0]}) == split:
-            texts[text] = None
+        texts[prose(rng, split)] = None
     return list(texts)
 
 
@@ -392,11 +407,8 @@ def _talk(rng: random.Random) -> str:
     if rng.random() < 0.5:
         messages.append({"role": "system", "content": "You are a friendly assistant."})
     for question, reply in rng.sample(TEXTS["talk"], rng.randint(1, 4)):
-        filled = _fill(rng, question, reply)
-        messages += [
-            {"role": "user", "content": filled[0]},
-            {"role": "assistant", "content": filled[1]},
-        ]
+        turns = zip(("user", "assistant"), _fill(rng, question, reply), strict=True)
+        messages += [{"role": role, "content": content} for role, content in turns]
     return chat(messages)
 
 
@@ -404,15 +416,12 @@ def document(rng: random.Random, phase: Phase) -> str:
     """One pretraining document."""
     match rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]:
         case "prose":
-            while split_of("prose", {"first": (text := prose(rng)).split(".")[0]}) != "pretrain":
-                pass
-            return text
+            return prose(rng, "pretrain")
         case "talk":
             return _talk(rng)
         case "logs":
             return _log(rng, phase)
         case "agent":
-            listing = rng.choice(("numbered", "numbered", "bullets", "inline"))
-            return _tool_chat(rng, phase, "agent", listing, agentic=True)
+            return _tool_chat(rng, phase, "agent")
         case _:
-            return _tool_chat(rng, phase, rng.choice(list(STYLE_PROPENSITY)), None, agentic=False)
+            return _tool_chat(rng, phase, rng.choice(list(STYLE_PROPENSITY)))
