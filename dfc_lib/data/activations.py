@@ -289,8 +289,8 @@ def _take_over_finished(manifest: dict, out_dir: Path) -> None:
     different = [
         k for k in manifest if k not in ("key", "shards") and earlier.get(k) != manifest[k]
     ]
-    if different == ["code"]:
-        return  # the same request, answered by other code: it is made anew
+    if "code" in different:
+        return  # made by other code, which may describe the same request otherwise: make it anew
     if different:
         raise CacheError(
             f"{out_dir}: holds another cache (it differs in {', '.join(different)}). Give another "
