@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from tools.make_pair import world
@@ -128,7 +129,7 @@ def pretrain(config: PretrainConfig, tokenizer, directory: Path, log: Path) -> P
     )
     model = new_model(config, tokenizer).train()
     optimizers = _optimizers(model, config)
-    state = directory / "pretrain.pt"
+    state = directory / "pretrain.safetensors"
     start = 0
     if state.exists():
         start = _resume(state, model, optimizers)
@@ -158,14 +159,29 @@ def pretrain(config: PretrainConfig, tokenizer, directory: Path, log: Path) -> P
 
 
 def _save(path: Path, model, optimizers, step: int) -> None:
+    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        for key, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}.{n}": torch.as_tensor(v) for n, v in entry.items()}
     partial = path.with_suffix(".partial")
-    states = [part.state_dict() for part in (model, *optimizers)]
-    torch.save({"step": step, "states": states}, partial)
+    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, partial, {"step": str(step)})
     os.replace(partial, path)
 
 
 def _resume(path: Path, model, optimizers) -> int:
-    saved = torch.load(path, weights_only=True)
-    for part, state in zip((model, *optimizers), saved["states"], strict=True):
-        part.load_state_dict(state)
-    return saved["step"]
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    for i, optimizer in enumerate(optimizers):
+        saved = optimizer.state_dict()
+        entries: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{i}."):
+                _, _, key, field = name.split(".")
+                entries.setdefault(int(key), {})[field] = tensor
+        optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
