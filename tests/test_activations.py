@@ -121,9 +121,9 @@ def test_other_code_makes_the_vectors_anew(pair, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(acts, "code_hash", lambda *modules: "another")
     assert cache(pair, texts, tmp_path, progress=False).key != key
     assert shard.stat().st_mtime_ns > made
-    monkeypatch.undo()
-    with pytest.raises(CacheError, match=r"differs in content, code"):
-        cache(pair, texts[1:], tmp_path, progress=False)
+    monkeypatch.undo()  # the code may also describe its request otherwise: that is no other cache
+    fewer = cache(pair, texts[1:], tmp_path, progress=False)
+    assert fewer.key == cache(pair, texts[1:], tmp_path / "apart", progress=False).key
 
 
 def test_damaged_shards_are_named_and_redone(pair, texts, tmp_path):
