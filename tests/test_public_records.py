@@ -222,5 +222,5 @@ def test_figures_repeat_no_prompt():
     tables = sorted((Path(__file__).parents[1] / "figures").glob("13_*.csv"))
     assert len(tables) > 5
     for path in tables:
-        for name, column in pd.read_csv(path, dtype=str).items():
+        for name, column in pd.read_csv(path, dtype=str, keep_default_na=False).items():
             assert column.str.len().max() < 300, f"{path.name}: {name}"
