@@ -177,7 +177,8 @@ def load_data(id: str, profile: Profile) -> "pd.DataFrame":
 
 def saved(profile: Profile) -> dict[str, str]:
     """What :func:`load_data` can load, in order of the ids: id -> the notebook that saved it."""
-    rows = [row for place in _places(profile) for row in read_manifest(place)]
+    places = _places(profile, "DFC_STAGING", "DFC_FIGURES")
+    rows = [row for place in places for row in read_manifest(place)]
     return {row["id"]: row["notebook"] for row in sorted(rows, key=lambda row: row["id"])}
 
 
