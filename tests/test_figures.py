@@ -139,6 +139,15 @@ def test_data_comes_back_as_it_was_saved():
     assert figures.saved(TOY) == {}
 
 
+@pytest.mark.parametrize("folder", ["DFC_FIGURES", "DFC_STAGING"])
+def test_what_is_saved_elsewhere_is_found_there(folder, tmp_path, monkeypatch):
+    """A check has a folder of its own: what it lists must be what it can load."""
+    monkeypatch.setenv(folder, str(tmp_path / "check"))
+    figures.save_table("05_t", frame(), "Caption.", profile=SMOKE)
+    assert figures.saved(SMOKE) == {"05_t": "05_steering"}
+    assert len(figures.load_data("05_t", SMOKE)) == 3
+
+
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=8))
 def test_any_float_survives_to_six_digits(values):
     """A format that lost magnitude, infinity or NaN would change results between notebooks."""
