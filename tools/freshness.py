@@ -226,7 +226,7 @@ class Project:
         return load_notebooks(self.root)
 
     @cached_property
-    def library(self) -> Library:
+    def modules(self) -> Library:
         return Library(self.root)
 
     def parts(self, name: str, overrides: dict[str, Any] | None = None) -> dict[str, str]:
@@ -239,7 +239,7 @@ class Project:
         lock = self.root / "requirements.lock"
         pins = lock.read_text(encoding="utf-8").splitlines() if lock.exists() else []
         try:
-            modules = self.library.closure(notebook.plain_code)
+            names = self.modules.closure(notebook.plain_code)
         except CodeError as error:
             raise CompendiumError(str(error)) from error
         return {
@@ -247,7 +247,7 @@ class Project:
             "arithmetic": os.environ.get("DFC_ARITHMETIC") or "fixed",
             "its code cells": digest(code_text(text, docstrings=True) for text in notebook.code),
             **{f"parameter {key}": repr(value) for key, value in (overrides or {}).items()},
-            **{module: self.library.fingerprint(module) for module in modules},
+            **{module: self.modules.fingerprint(module) for module in names},
             **{item: self._input(item) for item in notebook.declared("inputs")},
             **{need: self._need(need) for need in notebook.declared("needs")},
             "requirements.lock": digest(pin for pin in pins if not pin.startswith("#")),
