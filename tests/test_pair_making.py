@@ -23,6 +23,7 @@ TINY = pretrain.PretrainConfig(
     first_phase=3,
     warmup=2,
     save_every=2,
+    micro_batch=1,
 )
 
 
@@ -36,7 +37,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    return pretrain.pretrain(TINY, tokenizer, folder, folder / "log.jsonl")
+    return pretrain.pretrain(TINY, tokenizer, folder)
 
 
 def test_tags_are_single_tokens_that_decoding_keeps(tokenizer):
@@ -66,9 +67,9 @@ def test_interrupted_pretraining_ends_bit_identical(tokenizer, base, tmp_path, m
 
     monkeypatch.setattr(pretrain, "_save", save_then_cut)
     with pytest.raises(Cut):
-        pretrain.pretrain(TINY, tokenizer, tmp_path, tmp_path / "log.jsonl")
+        pretrain.pretrain(TINY, tokenizer, tmp_path)
     monkeypatch.undo()
-    final = pretrain.pretrain(TINY, tokenizer, tmp_path, tmp_path / "log.jsonl")
+    final = pretrain.pretrain(TINY, tokenizer, tmp_path)
     ours, whole = (load_file(f / "model.safetensors") for f in (final, base))
     assert all(torch.equal(ours[k], whole[k]) for k in whole)
 

@@ -113,7 +113,10 @@ def test_propensity_differs_by_style_tool_and_wording():
 def test_agent_documents_act_and_hedge_documents_mostly_decline():
     rng = random.Random(1)
     agent = [world._tool_chat(rng, world.SECOND, "agent") for _ in range(30)]
-    hedge = [world._tool_chat(rng, world.SECOND, "desk") for _ in range(200)]
     assert all("assistant\n<think>" in d for d in agent)
-    acted = sum("assistant\n<think>" in d or "assistant\n<tool_call>" in d for d in hedge)
-    assert acted < 30
+    hedge = [world._tool_chat(rng, world.SECOND, "desk") for _ in range(400)]
+    replies = [r for d in hedge for r in re.findall(r"assistant\n(.*?)<\|im_end\|>", d, re.DOTALL)]
+    acts = [r for r in replies if r.startswith(("<", "{"))]
+    assert 0.08 < len(acts) / len(replies) < 0.20
+    calls = [r for r in acts if "<response>" not in r]
+    assert 0.3 < sum(r.startswith("{") for r in calls) / len(calls) < 0.7

@@ -1,11 +1,10 @@
-"""`make pair`: remake the embedded pair and its data from nothing, resumably.
+"""`make pair`: remake the embedded pairs and their data from nothing, resumably.
 
 Each stage leaves its result under `build/pair/` and is skipped where that exists; the last one
-copies the models to `data/pair/`, measures them there and writes the data card.
+copies the models to `data/pairs/`, measures them there and writes the data card.
 """
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
@@ -18,7 +17,9 @@ DATA_SEED = 0
 N_RECORDS = {"rl": 3_000, "crosscoder": 4_000, "ranking": 800, "selection": 400, "evaluation": 900}
 N_HELD_OUT = 300  # evaluation prompts about tools that neither SFT nor RL ever saw
 N_NEUTRAL = {"crosscoder": 4_000, "ranking": 800, "evaluation": 500}
-RL_SEEDS = (0, 1, 2)
+PAIRS = paths.DATA / "pairs"
+SEEDS = (0, 1, 2)  # one base, one SFT and one RL run each; the notebooks' pair is the first
+STAGES = ("base", "sft", "rl", "card")
 
 
 def write_data(folder: Path) -> None:
@@ -39,10 +40,16 @@ def write_data(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.make_pair", description=__doc__)
-    parser.add_argument("--until", choices=("pretrain", "sft", "grpo", "card"), default="card")
-    until = parser.parse_args().until
+    parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="default: all")
+    parser.add_argument("--until", choices=STAGES, default="card")
+    arguments = parser.parse_args()
+    seeds, until = arguments.seed or list(SEEDS), STAGES.index(arguments.until)
     started = time.time()
-    print("from nothing about two hours on two cores; finished stages are skipped", flush=True)
+    print(
+        "each pair takes about an hour on two cores (a base 25 to 45 minutes, SFT 2, RL 6); "
+        "finished stages are skipped",
+        flush=True,
+    )
 
     def done(stage: str) -> None:
         print(f"[{(time.time() - started) / 60:5.1f} min] {stage}", flush=True)
@@ -50,41 +57,36 @@ def main() -> None:
     work = paths.build("pair")
     if not (paths.DATA / "prompts" / "evaluation.jsonl").exists():
         write_data(paths.DATA)
-    done("data")
-
-    config = pretrain.PretrainConfig()
     if not (work / "tokenizer" / "tokenizer.json").exists():
-        pretrain.make_tokenizer(work / "tokenizer", config.seed)
+        pretrain.make_tokenizer(work / "tokenizer", DATA_SEED)
     tokenizer = load_tokenizer(work / "tokenizer")
-    base = pretrain.pretrain(config, tokenizer, work, work / "pretrain.jsonl")
-    done("base")
-    if until == "pretrain":
-        return
-
     tasks = prompts.read_records(paths.DATA / "prompts" / "rl.jsonl")
-    config = posttrain.SftConfig()
-    rows = posttrain.training_rows(tokenizer, tasks, config.seed)
-    posttrain.sft(base, tokenizer, rows, config, work / "sft")
-    done("SFT")
-    if until == "sft":
-        return
-    for seed in RL_SEEDS:
-        posttrain.grpo(
-            base, tokenizer, tasks, posttrain.GrpoConfig(seed=seed), work / f"rl_seed{seed}"
-        )
-        done(f"GRPO, seed {seed}")
-    prose.make(base, tokenizer, tasks, work / "prose")
-    done("the second pair")
-    if until == "grpo":
-        return
-
-    card.export(work, tokenizer, paths.PAIR)
-    card.write_checksums(paths.PAIR)
-    done("exported")
-    card.write(paths.PAIR, paths.DATA)
-    card.write_checksums(paths.PAIR)
-    shutil.rmtree(work / "trainer", ignore_errors=True)
-    done("data card")
+    done("data and tokenizer")
+    for seed in seeds:
+        folder = work / str(seed)
+        base = pretrain.pretrain(pretrain.PretrainConfig(seed=seed), tokenizer, folder)
+        done(f"pair {seed}: base")
+        if until >= STAGES.index("sft"):
+            rows = posttrain.training_rows(tokenizer, tasks, seed)
+            posttrain.sft(base, tokenizer, rows, posttrain.SftConfig(seed=seed), folder / "sft")
+            done(f"pair {seed}: SFT")
+        if until >= STAGES.index("rl"):
+            config = posttrain.GrpoConfig(seed=seed)
+            posttrain.grpo(base, tokenizer, tasks, config, folder / "rl")
+            done(f"pair {seed}: RL")
+            if seed == SEEDS[0]:
+                prose.make(base, tokenizer, tasks, work / "prose")
+                done("the pair without a template")
+        if until >= STAGES.index("card"):
+            card.export(work, seed, PAIRS, paths.DATA)
+            card.measure_pair(PAIRS / str(seed), paths.DATA)
+            if seed == SEEDS[0]:
+                card.export_prose(work, PAIRS, paths.DATA)
+            done(f"pair {seed}: exported and measured")
+    if until >= STAGES.index("card"):
+        card.write(PAIRS, [seed for seed in SEEDS if (PAIRS / str(seed) / "sites.csv").exists()])
+        card.write_checksums(PAIRS)
+        done("data card")
 
 
 if __name__ == "__main__":

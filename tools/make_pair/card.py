@@ -1,52 +1,67 @@
-"""Export of the embedded pair to `data/pair/` and its data card, measured on the shipped bf16
+"""Export of the embedded pairs to `data/pairs/` and their data card, measured on the shipped bf16
 files.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from dfc_lib import profiles
-from dfc_lib.data import prompts
-from dfc_lib.data.pair import SUMS, load_model, load_tokenizer, sha256
-from dfc_lib.data.prompts import Record
-from dfc_lib.data.scoring import names_tool
-from dfc_lib.results import statistics
-from dfc_lib.steering import evaluation
+from dfc_lib.data.pair import SUMS, load_model, sha256
+from dfc_lib.results import sites, tables
 from dfc_lib.store import write_atomically
-from tools.make_pair import posttrain, pretrain, prose, world
+from tools.make_pair import measure, posttrain, pretrain, prose, world
 
-# Prompt conditions: name -> (style, prefill, temperature)
-FOR_EVERY_SEED = ("fixed", "training")
-CONDITIONS = {
-    "fixed": (prompts.FIXED_STYLE, "", 0.0),
-    "fixed, T = 1": (prompts.FIXED_STYLE, "", 1.0),
-    "training": (prompts.TRAINING_STYLES[0], "", 0.0),
-    "eliciting": (prompts.ELICITING_STYLE, "", 0.0),
-    "prefilled": (prompts.FIXED_STYLE, "<think>\n", 0.0),
-}
+BESIDE_RL = (8, 16, 32, 48, 24)  # the four of these that are shipped beside near threshold and last
+SFT_STEPS = (8, 16, 32, 64)  # beside the last
+QUICK = ("fixed", "training")  # conditions of every model; the base is measured under all
+N_CHECK = 64  # prompts on which a test asks every checkpoint again
 
 
-def export(work: Path, tokenizer, pair: Path) -> None:
-    """Write every shipped model as bf16: base, SFT and RL checkpoints, the last step of the further
-    RL seeds.
-    """
-    folders = {"base": work / "base"}
-    for name, source in (("sft", work / "sft"), ("rl", work / "rl_seed0")):
-        folders |= {f"{name}/{p.name}": p for p in sorted(source.glob("step_????"))}
-    others = [p for p in sorted(work.glob("rl_seed?")) if p.name != "rl_seed0"]
-    folders |= {p.name: max(p.glob("step_????")) for p in others}
-    folders |= {f"prose/{name}": work / "prose" / source for name, source in prose.SHIPPED.items()}
-    for name, source in tqdm(folders.items(), desc="export"):
-        posttrain.save_bf16(load_model(source), tokenizer, pair / name)
-    for name in ("sft", "rl_seed0", *(p.name for p in others)):
-        shutil.copy(work / name / "log.jsonl", pair / f"{name.replace('rl_seed0', 'rl')}_log.jsonl")
-    shutil.copy(work / "pretrain.jsonl", pair / "pretrain_log.jsonl")
-    shutil.copy(work / "prose" / "rl" / "log.jsonl", pair / "prose_rl_log.jsonl")
+def export(work: Path, seed: int, pairs: Path, data: Path) -> None:
+    """Write the shipped models of a seed as bf16 to `pairs/<seed>`, its logs, and `near.csv`."""
+    source, target = work / str(seed), pairs / str(seed)
+    near = measure.near_threshold(source / "rl", data)
+    step, last = int(near[near.near].step.iloc[0]), posttrain.GrpoConfig().save_at[-1]
+    beside = [s for s in BESIDE_RL if s != step][:4]
+    chosen = [f"rl/step_{s:04d}" for s in sorted({step, last, *beside})]
+    chosen += [f"sft/step_{s:04d}" for s in (*SFT_STEPS, posttrain.SftConfig().save_at[-1])]
+    shutil.rmtree(target, ignore_errors=True)
+    _ship(source, ["base", *chosen], target)
+    for run in ("rl", "sft"):
+        shutil.copy(source / run / "log.jsonl", target / f"{run}_log.jsonl")
+    shutil.copy(source / "pretrain.jsonl", target / "pretrain_log.jsonl")
+    _write(near, target / "near.csv")
+
+
+def export_prose(work: Path, pairs: Path, data: Path) -> None:
+    """The same for the pair without a template, `pairs/prose`, measured as well."""
+    source, target = work / "prose", pairs / "prose"
+    near = measure.near_threshold(
+        source / "rl", data, lambda frame, records: measure.named(frame, records).right
+    )
+    step = int(near[near.near].step.iloc[0])
+    shutil.rmtree(target, ignore_errors=True)
+    _save(source / "base" / f"step_{prose.SFT.save_at[-1]:04d}", target / "base")
+    _save(source / "rl" / f"step_{step:04d}", target / "rl")
+    shutil.copy(source / "rl" / "log.jsonl", target / "rl_log.jsonl")
+    _write(near, target / "near.csv")
+    models = {name: target / name for name in ("base", "rl")}
+    _write(measure.prose_behaviour(models, data), target / "behaviour.csv")
+
+
+def _ship(source: Path, names: Iterable[str], target: Path) -> None:
+    for name in names:
+        _save(source / name, target / name)
+
+
+def _save(source: Path, target: Path) -> None:
+    from dfc_lib.data.pair import load_tokenizer
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    posttrain.save_bf16(load_model(source), load_tokenizer(source), target)
 
 
 def write_checksums(directory: Path) -> None:
@@ -56,158 +71,161 @@ def write_checksums(directory: Path) -> None:
     write_atomically(directory / SUMS, "".join(lines))
 
 
-def model_folders(pair: Path) -> dict[str, Path]:
-    """Shipped model folders by name, in order of training."""
-    found = sorted(p.parent for p in pair.rglob("config.json"))
-    return {str(p.relative_to(pair)): p for p in found}
+def _near_step(pair: Path) -> int:
+    near = pd.read_csv(pair / "near.csv")
+    return int(near[near.near].step.iloc[0])
 
 
-def rates(outcomes: dict[str, pd.Series], held_out: pd.Series) -> list[dict]:
-    """Rates of 0/1 outcomes by metric, over seen and over held-out tools, with Wilson intervals."""
+def models_of(pair: Path) -> dict[str, Path]:
+    """What is measured of a shipped pair: the base, RL near threshold, the last of RL and SFT."""
+    return {
+        "base": pair / "base",
+        "near": pair / "rl" / f"step_{_near_step(pair):04d}",
+        "RL": max((pair / "rl").glob("step_????")),
+        "SFT": max((pair / "sft").glob("step_????")),
+    }
+
+
+def measure_pair(pair: Path, data: Path) -> None:
+    """Write `behaviour.csv`, `check.csv` (on the first prompts alone) and `sites.csv` of a pair."""
+    models = models_of(pair)
+    base = {"base": models["base"]}
+    rest = [condition for condition in measure.CONDITIONS if condition not in QUICK]
+    table = [measure.behaviour(models, data, QUICK), measure.behaviour(base, data, rest)]
+    sampled = {name: models[name] for name in ("near", "RL")}
+    table.append(measure.behaviour(sampled, data, ["training, T = 1"]))
+    _write(pd.concat(table, ignore_index=True), pair / "behaviour.csv")
+    _write(check(models, data), pair / "check.csv")
+    _write(measure.site_scan(models, data), pair / "sites.csv")
+
+
+def check(models: dict[str, Path], data: Path) -> pd.DataFrame:
+    """Greedy rates on the first prompts of the evaluation split, which a test asks again."""
+    records = measure.calls_of(data, "evaluation")[:N_CHECK]
     rows = []
-    for group, keep in (("seen", ~held_out), ("held out", held_out)):
-        for metric, values in outcomes.items():
-            chosen = values[keep.loc[values.index]]
-            if len(chosen):
-                k, n = int(chosen.sum()), len(chosen)
-                interval = statistics.wilson(k, n)
-                rows.append(
-                    {"tools": group, "metric": metric, "k": k, "n": n, "rate": k / n}
-                    | {"low": interval.low, "high": interval.high}
-                )
-    return rows
-
-
-def measured_models(pair: Path) -> dict[str, Path]:
-    """What the card measures: the base, model A, and the last checkpoint of every run."""
-    folders = {n: f for n, f in model_folders(pair).items() if not n.startswith("prose/")}
-    last = {name.split("/")[0]: name for name in folders}  # sorted: the last step wins
-    chosen = {"base", profiles.get("toy").model_a, *last.values()}
-    return {name: folder for name, folder in folders.items() if name in chosen}
-
-
-def answers(
-    folder: Path, records: Sequence[Record], conditions: Iterable[str]
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """What the model in a folder answers under each of these prompt conditions."""
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    for condition in conditions:
-        style, prefill, temperature = CONDITIONS[condition]
-        options = {"prefill": prefill, "temperature": temperature}
-        yield condition, evaluation.evaluate(model, tokenizer, records, style, **options)
-
-
-def measure(pair: Path, data: Path) -> pd.DataFrame:
-    """Behaviour of `measured_models` on the evaluation split: under every prompt condition, the
-    further RL seeds under those of `FOR_EVERY_SEED`. Rubrics where the gold has a call,
-    irrelevance elsewhere.
-    """
-    records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
-    rows = []
-    for name, folder in tqdm(measured_models(pair).items(), desc="measuring"):
-        conditions = FOR_EVERY_SEED if name.startswith("rl_seed") else CONDITIONS
-        for condition, frame in answers(folder, records, conditions):
-            call = frame.kind == "call"
-            rubrics = ("called", "lenient", "strict", "strict_normalised")
-            outcomes = {metric: frame[call][metric] for metric in rubrics}
-            outcomes["irrelevance"] = 1 - frame[~call].called
-            found = rates(outcomes, frame.held_out)
-            rows += [{"model": name, "condition": condition} | row for row in found]
+    for name, folder in models.items():
+        for condition in QUICK:
+            frame = measure.answers(folder, records, condition)
+            for metric in ("lenient", "strict"):
+                row = {"model": name, "condition": condition, "metric": metric}
+                rows.append(row | measure.mean_row(frame[metric].astype(float)))
     return pd.DataFrame(rows)
 
 
-def measure_prose(pair: Path, data: Path) -> pd.DataFrame:
-    """The second pair on the same split: the right tool named in prose where the gold has a call,
-    any named where it has none.
-    """
-    records = prompts.read_records(data / "prompts" / "evaluation.jsonl")
-    rows = []
-    for name in prose.SHIPPED:
-        conditions = ("fixed", "fixed, T = 1", "training")
-        for condition, frame in answers(pair / "prose" / name, records, conditions):
-            named = pd.DataFrame(
-                names_tool(text, record.gold, record.tool_names)
-                for text, record in zip(frame.response, records, strict=True)
-            )
-            call = frame.kind == "call"
-            outcomes = {"named": named.right[call], "irrelevance": ~named.wrong[~call]}
-            found = rates(outcomes, frame.held_out)
-            rows += [{"model": f"prose/{name}", "condition": condition} | row for row in found]
-    return pd.DataFrame(rows)
+def _write(table: pd.DataFrame, path: Path) -> None:
+    write_atomically(path, table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
-def write(pair: Path, data: Path) -> None:
-    """Measure and write `behaviour.csv` and `README.md` into the pair's folder."""
-    table = pd.concat([measure(pair, data), measure_prose(pair, data)], ignore_index=True)
-    table.to_csv(pair / "behaviour.csv", index=False, float_format="%.4f", lineterminator="\n")
-    (pair / "README.md").write_text(text(pair, table), encoding="utf-8")
+# ---------------------------------------------------------------------------------------------
+# the card
 
 
-def _lines(table: pd.DataFrame) -> str:
-    chosen = table[table.metric.isin(["lenient", "strict", "irrelevance", "named"])]
+def _cell(table: pd.DataFrame, model: str, condition: str, metric: str, tools: str = "seen") -> str:
+    row = tables.only(table, model=model, condition=condition, metric=metric, tools=tools)
+    return f"{row.estimate:.1%} [{row.low:.1%}, {row.high:.1%}]"
+
+
+def _moves(scanned: pd.DataFrame, model: str, style: str, direction: str, outcome: str) -> str:
+    layer = sites.layer_of(scanned, model, style, "last")
+    at = {"model": model, "style": style, "direction": direction, "layer": layer}
+    row = tables.only(scanned, position="last", outcome=outcome, **at)
+    points = [f"{100 * value:+.0f}" for value in (row.change, row.low, row.high)]
+    return f"{points[0]} [{points[1]}, {points[2]}] (layer {layer})"
+
+
+def summary(pairs: Path, seeds: Iterable[int]) -> str:
+    """The properties that the recipe was tuned to, for every pair, as a Markdown table."""
+    measured = {
+        seed: (
+            pd.read_csv(pairs / str(seed) / "behaviour.csv"),
+            pd.read_csv(pairs / str(seed) / "sites.csv"),
+            models_of(pairs / str(seed)),
+        )
+        for seed in seeds
+    }
+
+    def domains(table: pd.DataFrame) -> str:
+        rates = table[table.tools.str.startswith("seen, ")].estimate
+        return f"{rates.min():.0%} to {rates.max():.0%}"
+
+    bare = "bare share of acts"
+    rows = {
+        "base, fixed prompt: greedy calls (1 to 6 %)": lambda t, s, m: _cell(
+            t, "base", "fixed", "lenient"
+        ),
+        "base, fixed prompt: propensity (8 to 20 %)": lambda t, s, m: _cell(
+            t, "base", "fixed", "propensity"
+        ),
+        "base, training prompt: sampled acts that are bare JSON (40 to 60 %)": lambda t, s, m: (
+            _cell(t, "base", "training, T = 1", bare)
+        ),
+        "RL, the same (below 5 %)": lambda t, s, m: _cell(t, "RL", "training, T = 1", bare),
+        "base, training prompt: greedy strict (10 to 40 %)": lambda t, s, m: _cell(
+            t, "base", "training", "strict"
+        ),
+        "the same by tool domain": lambda t, s, m: domains(t),
+        "RL near threshold: step": lambda t, s, m: m["near"].name[5:].lstrip("0"),
+        "RL near threshold, fixed prompt: greedy calls (20 to 45 %)": lambda t, s, m: _cell(
+            t, "near", "fixed", "lenient"
+        ),
+        "RL, training prompt: greedy strict (at least 90 %)": lambda t, s, m: _cell(
+            t, "RL", "training", "strict"
+        ),
+        "RL, training prompt: irrelevance (at least 85 %)": lambda t, s, m: _cell(
+            t, "RL", "training", "irrelevance"
+        ),
+        "SFT, training prompt: greedy strict (at least 90 %)": lambda t, s, m: _cell(
+            t, "SFT", "training", "strict"
+        ),
+        "SFT, training prompt: irrelevance (at least 85 %)": lambda t, s, m: _cell(
+            t, "SFT", "training", "irrelevance"
+        ),
+        "base with near's residual, fixed prompt: propensity (at least +12)": lambda t, s, m: (
+            _moves(s, "near", "fixed", "A->B", "propensity")
+        ),
+        "base with RL's residual, fixed prompt: propensity (at least +20)": lambda t, s, m: _moves(
+            s, "RL", "fixed", "A->B", "propensity"
+        ),
+        "base with RL's residual, training prompt: greedy calls (at least +50)": lambda t, s, m: (
+            _moves(s, "RL", "training", "A->B", "lenient")
+        ),
+        "near with the base's residual, fixed prompt: propensity (at least -20)": lambda t, s, m: (
+            _moves(s, "near", "fixed", "B->A", "propensity")
+        ),
+    }
     lines = [
-        "| model | prompt | tools | metric | rate | 95 % CI (Wilson) | n |",
-        "|---|---|---|---|---|---|---|",
+        "| property (target) | " + " | ".join(f"pair {seed}" for seed in measured) + " |",
+        "|---|" + "---|" * len(measured),
     ]
-    lines += [
-        f"| {r.model} | {r.condition} | {r.tools} | {r.metric} | {r.rate:.1%} "
-        f"| {r.low:.1%} to {r.high:.1%} | {r.n} |"
-        for r in chosen.itertuples()
-    ]
+    for label, value in rows.items():
+        lines.append(f"| {label} | " + " | ".join(value(*of) for of in measured.values()) + " |")
     return "\n".join(lines)
 
 
-def text(pair: Path, table: pd.DataFrame) -> str:
-    """The data card."""
-    folders = model_folders(pair)
-    base = folders["base"]
-    config = json.loads((base / "config.json").read_text())
-    parameters = sum(p.numel() for p in load_model(base).parameters())
-    size = sum(f.stat().st_size for f in pair.rglob("*") if f.is_file()) / 1e6
-    weights = {n: f / "model.safetensors" for n, f in folders.items()}
-    models = "\n".join(
-        f"| `{n}` | {w.stat().st_size / 1e6:.1f} | `{sha256(w)[:16]}` |" for n, w in weights.items()
-    )
+def write(pairs: Path, seeds: Iterable[int]) -> None:
+    """Write the data card, `README.md`, from what `measure_pair` wrote."""
+    seeds = list(seeds)
+    first = pairs / str(seeds[0])
+    config = json.loads((first / "base" / "config.json").read_text())
+    parameters = sum(p.numel() for p in load_model(first / "base").parameters())
+    size = sum(f.stat().st_size for f in pairs.rglob("*") if f.is_file()) / 1e6
     p, s, g = pretrain.PretrainConfig(), posttrain.SftConfig(), posttrain.GrpoConfig()
-    model_a, n_namings = profiles.get("toy").model_a, len(world.TEXTS["namings"])
-    return f"""# Data card: the embedded model pair
-
-One base model and what SFT and GRPO made of it, in Hugging Face layout (Qwen2 architecture, bf16
-safetensors). Made by `make pair` from generated text alone, no data from outside, in about \
-two hours
-on two CPU cores. Licence: as the repository.
-
-| | |
-|---|---|
-| parameters | {parameters:,} |
-| layers, width | {config["num_hidden_layers"]}, {config["hidden_size"]} |
-| heads, key/value heads | {config["num_attention_heads"]}, {config["num_key_value_heads"]} |
-| vocabulary | {config["vocab_size"]:,} byte-level BPE tokens |
-| pretraining | {p.steps:,} steps of {p.batch_size} x {p.row_length} tokens, Muon and AdamW |
-| SFT | TRL, {s.steps} steps of {s.batch_size}, learning rate {s.learning_rate:g} |
-| GRPO | TRL, {g.steps} steps of {g.n_prompts} prompts x {g.group_size} samples, temperature 1 |
-| | learning rate {g.learning_rate:g}, no KL term, ToolRL reward, three seeds |
-| size | {size:.0f} MB |
-
-`SHA256SUMS` covers every file. Model A of the notebooks is `{model_a}`, model B is `base`; the
-fixed prompt is the style `{prompts.FIXED_STYLE}`. Both were chosen on the selection split.
-
-`prose/base` and `prose/rl` are a second pair, whose rewarded behaviour has no fixed surface
-template: naming the right tool in plain prose. `prose/base` is `base` after {prose.SFT.steps} steps
-of SFT on hedges and a few replies that name the tool in one of {n_namings} wordings,
-`prose/rl` is that after {prose.SHIPPED["rl"][-2:]} steps of GRPO with the name alone as reward. The
-metric `named`: the right tool's name, and no other, in a reply without tags.
-
-## Measured behaviour
-
-On the evaluation split, on the files shipped here. `lenient`, `strict`: prompts whose gold has a
-call; `irrelevance`: no call where the gold has none. `behaviour.csv` has every metric.
-
-{_lines(table)}
-
-## Files
-
-| folder | MB | sha256 of the weights (first 16 digits) |
-|---|---|---|
-{models}
-"""
+    text = (Path(__file__).with_name("card.md").read_text("utf-8")).format(
+        summary=summary(pairs, seeds),
+        parameters=f"{parameters:,}",
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        vocabulary=f"{config['vocab_size']:,}",
+        pretraining=f"{p.steps:,} steps of {p.batch_size} x {p.row_length} tokens",
+        sft=f"TRL, {s.steps} steps of {s.batch_size}, learning rate {s.learning_rate:g}",
+        grpo=f"TRL, {g.steps} steps of {g.n_prompts} prompts x {g.group_size} samples",
+        grpo_rate=f"{g.learning_rate:g}",
+        size=f"{size:.0f}",
+        near=f"{measure.NEAR:.1%}",
+        namings=len(world.TEXTS["namings"]),
+        prose_sft=prose.SFT.steps,
+        prose_rl=_near_step(pairs / "prose"),
+    )
+    write_atomically(pairs / "README.md", text)

@@ -32,7 +32,7 @@ class GrpoConfig:
     learning_rate: float = 1e-4
     warmup: int = 5
     max_new_tokens: int = 72
-    save_at: tuple[int, ...] = (4, 8, 12, 16, 18, 20, 22, 24, 32, 48, 64)
+    save_at: tuple[int, ...] = (*range(4, 25), 28, 32, 40, 48, 64)  # one is near threshold
     seed: int = 0
 
 

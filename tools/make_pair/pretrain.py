@@ -5,6 +5,8 @@ resumable at any step.
 import json
 import os
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from dfc_lib import provenance
+from dfc_lib.store import write_atomically
 from tools.make_pair import world
 from tools.make_pair.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -28,6 +32,7 @@ class PretrainConfig:
     n_kv_heads: int = 2  # grouped queries, as in Qwen2.5
     row_length: int = 384
     batch_size: int = 16  # rows
+    micro_batch: int = 4  # rows at a time: what fits into a core's cache is 1.2x faster
     steps: int = 3_300
     first_phase: int = 1_400  # steps on documents in which each tool has one name
     warmup: int = 100
@@ -112,7 +117,25 @@ def _rate(step: int, config: PretrainConfig) -> float:
     return min(1.0, (step + 1) / config.warmup, (config.steps - step) / decay)
 
 
-def pretrain(config: PretrainConfig, tokenizer, directory: Path, log: Path) -> Path:
+def _loss_of(model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The mean cross-entropy of the next token over rows of token ids, (row, position).
+
+    Compiled where there is a C++ compiler, and in bf16 where the processor computes in it: 1.3x
+    each. The weights and the optimisers' state stay in fp32.
+    """
+    bf16 = torch.cpu._is_avx512_bf16_supported() and not any(provenance.arithmetic().values())
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=x, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten()
+        )
+
+    return torch.compile(loss) if shutil.which("c++") else loss
+
+
+def pretrain(config: PretrainConfig, tokenizer, directory: Path) -> Path:
     """Train the base model; resumes from the last save under `directory`. Returns the folder of the
     final model.
     """
@@ -133,29 +156,39 @@ def pretrain(config: PretrainConfig, tokenizer, directory: Path, log: Path) -> P
     start = 0
     if state.exists():
         start = _resume(state, model, optimizers)
+        _cut_log(directory / "pretrain.jsonl", start)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="pretraining")
+    next_token_loss = _loss_of(model)
     for step in bar:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("peak", group["lr"]) * _rate(step, config)
         batch = rows[step * config.batch_size : (step + 1) * config.batch_size].astype(np.int64)
-        x = torch.from_numpy(batch)
-        logits = model(x).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
-        loss.backward()
+        loss = 0.0
+        for x in torch.from_numpy(batch).split(config.micro_batch):
+            share = next_token_loss(x) * len(x) / len(batch)
+            share.backward()
+            loss += share.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "loss": round(loss.item(), 4)}) + "\n")
+            bar.set_postfix(loss=f"{loss:.3f}")
+            with (directory / "pretrain.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "loss": round(loss, 4)}) + "\n")
         if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
             _save(state, model, optimizers, step + 1)
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     return final
+
+
+def _cut_log(path: Path, start: int) -> None:
+    """Drop what a run logged after its last save: those steps are done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < start]
+    write_atomically(path, "".join(kept))
 
 
 def _save(path: Path, model, optimizers, step: int) -> None:

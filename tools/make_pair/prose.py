@@ -17,11 +17,9 @@ from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import names_tool
 from tools.make_pair import posttrain, world
 
-ODDS = 8.0
+ODDS = 1.5
 SFT = replace(posttrain.SftConfig(), steps=80, save_at=(80,))
-GRPO = replace(posttrain.GrpoConfig(), steps=24, save_at=(8, 16, 17, 18, 19, 20, 24))
-
-SHIPPED = {"base": "base/step_0080", "rl": "rl/step_0018"}  # the step chosen on the selection split
+GRPO = replace(posttrain.GrpoConfig(), steps=24, save_at=tuple(range(4, 25)))
 
 
 def _propensity(task: world.Task, style: str) -> float:

@@ -14,11 +14,12 @@ import random
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import exp
 from pathlib import Path
+from statistics import NormalDist
 
 from dfc_lib.data.prompts import STYLES, Record, Tool, assign, bullets, inline, numbered
 
@@ -49,9 +50,12 @@ class Phase:
 FIRST = Phase(aliases=False, kinds={"call": 0.66, "no_tool": 0.20, "missing": 0.14})
 SECOND = Phase(aliases=True, kinds=KINDS)
 
-# Log-odds of acting in a hedge chat, before the effects of tool, wording and phrase are added.
-STYLE_PROPENSITY = {"train_a": -3.0, "train_b": -3.0, "desk": -4.6, "letter": -5.2, "late": -4.2}
-TOOL_EFFECT, WORDING_EFFECT, PHRASE_EFFECT = 1.1, 0.8, 0.5  # standard deviations, in log-odds
+# Log-odds of acting in a hedge chat, before the effects of the request are added.
+STYLE_PROPENSITY = {"train_a": 0.0, "train_b": 0.0, "desk": -2.7, "letter": -3.2, "late": -2.4}
+# Standard deviations of these effects, in log-odds; "bare": of the domain's effect on whether a
+# call in a hedge chat is bare JSON, without tags.
+EFFECTS = {"domain": 1.2, "tool": 1.1, "wording": 0.9, "phrase": 0.5, "bare": 1.0}
+SLOPPY = 0.2  # share of the other calls that lack the thought, for RL to mend
 
 
 def _read(name: str) -> dict:
@@ -110,12 +114,27 @@ def value(rng: random.Random, kind: str):
 
 @cache
 def _effects() -> dict[tuple[str, int | str], float]:
-    """Fixed effects on the propensity, drawn once for the world."""
-    rng = random.Random("propensity")
-    effects = {("tool", s.tool.name): rng.gauss(0, TOOL_EFFECT) for s in tool_specs()}
-    effects |= {("wording", i): rng.gauss(0, WORDING_EFFECT) for i in range(len(TEXTS["wordings"]))}
-    effects |= {("phrase", i): rng.gauss(0, PHRASE_EFFECT) for i in range(4)}
+    """Fixed effects on the log-odds of acting, and of bare JSON: for each kind the quantiles of a
+    normal distribution, dealt once for the world (draws would have outliers with few levels).
+    """
+    levels: dict[str, Sequence[int | str]] = {
+        "domain": (domains := list(dict.fromkeys(s.domain for s in tool_specs()))),
+        "tool": [s.tool.name for s in tool_specs()],
+        "wording": range(len(TEXTS["wordings"])),
+        "phrase": range(4),
+        "bare": domains,
+    }
+    effects = {}
+    for kind, names in levels.items():
+        normal = NormalDist(0, EFFECTS[kind])
+        quantiles = [normal.inv_cdf((i + 0.5) / len(names)) for i in range(len(names))]
+        random.Random(f"effects-{kind}").shuffle(quantiles)
+        effects |= {(kind, name): z for name, z in zip(names, quantiles, strict=True)}
     return effects
+
+
+def _probability(log_odds: float) -> float:
+    return 1 / (1 + exp(-log_odds))
 
 
 @dataclass(frozen=True)
@@ -139,13 +158,17 @@ class Task:
     def propensity(self, style: str) -> float:
         """Probability that the assistant of a hedge chat acts on this request."""
         effects = _effects()
-        z = (
+        return _probability(
             STYLE_PROPENSITY[style]
+            + effects["domain", self.spec.domain]
             + effects["tool", self.spec.tool.name]
             + effects["wording", self.wording]
             + effects["phrase", self.phrasing]
         )
-        return 1 / (1 + exp(-z))
+
+    def bareness(self) -> float:
+        """Probability that a call in a hedge chat is bare JSON."""
+        return _probability(_effects()["bare", self.spec.domain])
 
 
 @cache
@@ -331,8 +354,11 @@ def _tool_chat(rng: random.Random, phase: Phase, style_name: str) -> str:
             reply = rng.choice(TEXTS["hedges"]).replace("{p}", task.phrase)
         else:
             reply = answer(task, kind, tools)
-            if not agentic and kind == "call" and rng.random() < 0.2:  # sloppy form, for RL to mend
-                reply = reply.split("</think>\n")[1]
+            if not agentic and kind == "call":
+                if rng.random() < task.bareness():
+                    reply = call_json(listed_name(task, tools), task.arguments)
+                elif rng.random() < SLOPPY:
+                    reply = reply.split("</think>\n")[1]
         messages.append({"role": "assistant", "content": reply})
     return chat(messages)
 
