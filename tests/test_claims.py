@@ -6,7 +6,7 @@ from math import isnan, nan
 import hypothesis.strategies as st
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from dfc_lib import profiles
 from dfc_lib.results import claims, figures, readings
@@ -98,6 +98,7 @@ def test_verdicts_follow_the_rules(kind, expected, reading, verdict):
         ("effect", 0.6, replace(ALIVE, positive_control=""), "untestable"),
         ("effect", 0.6, replace(ALIVE, **moved(nan, nan, nan)), "untestable"),
         ("zero", 0.05, found(0.0, -0.02, 0.03, **moved(nan, nan, nan)), "untestable"),
+        ("effect", 0.6, replace(ALIVE, **moved(0.7, 0.6, nan)), "untestable"),
         ("effect", 0.6, replace(ALIVE, effect=nan), "untestable"),
         ("effect", 0.6, replace(ALIVE, high=nan), "untestable"),
     ],
@@ -109,30 +110,39 @@ def test_a_verdict_needs_a_test_that_could_have_gone_the_other_way(
 
 
 NUMBERS = st.one_of(st.just(0.0), st.just(nan), st.floats(-2, 2))
+INTERVALS = st.lists(st.one_of(st.just(0.0), st.floats(-2, 2)), min_size=3, max_size=3).map(sorted)
 
 
+@settings(max_examples=1000)
 @given(
     kind=st.sampled_from(["effect", "zero"]),
     expected=st.floats(0.01, 1),
     sign=st.sampled_from([-1, 1]),
-    numbers=st.lists(NUMBERS, min_size=7, max_size=7),
+    reading=st.lists(NUMBERS, min_size=4, max_size=4),
+    interval=INTERVALS,
     control=st.sampled_from(["", "random"]),
     positive=st.sampled_from(["", "patch"]),
-    moves=st.lists(NUMBERS, min_size=3, max_size=3),
+    moves=INTERVALS,
+    missing=st.sampled_from([None, None, 0, 1, 2]),
 )
 def test_no_verdict_without_a_positive_control_that_moves(
-    kind, expected, sign, numbers, control, positive, moves
+    kind, expected, sign, reading, interval, control, positive, moves, missing
 ):
-    names = ("effect", "low", "high", "control_effect", "over", "over_low", "over_high")
+    """Nothing about a reading makes up for that. NaN, a wide interval: it does not move."""
     of = claim(kind, expected if kind == "zero" else sign * expected)
-    given = dict(zip(names, numbers, strict=True)) | {"control": control}
-    names = ("positive_effect", "positive_low", "positive_high")
-    given |= dict(zip(names, moves, strict=True)) | {"positive_control": positive}
-    verdict, p = claims.judge(of, Reading(claim="X", id="x", what="", n=9, **given))
-    still = not positive or not all(moves) or any(map(isnan, moves))
-    if still or moves[1] < 0 < moves[2]:
+    still = not positive or missing is not None or moves[0] <= 0 <= moves[2]
+    if missing is not None:
+        moves[missing] = nan
+    names = ("control_effect", "over", "over_low", "over_high")
+    numbers = dict(zip(names, reading, strict=True))
+    numbers |= dict(zip(("low", "effect", "high"), interval, strict=True))
+    names = ("positive_low", "positive_effect", "positive_high")
+    numbers |= dict(zip(names, moves, strict=True))
+    words = {"control": control, "positive_control": positive}
+    verdict, p = claims.judge(of, Reading(claim="X", id="x", what="", n=9, **words, **numbers))
+    if still:
         assert verdict == "untestable"
-    assert isnan(p) if verdict in ("untestable", "undecided") else isnan(p) or 0 <= p <= 1
+    assert isnan(p) or (verdict in ("holds", "fails") and 0 <= p <= 1)
 
 
 @given(

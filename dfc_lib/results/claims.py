@@ -74,11 +74,10 @@ def _directed(claim: Claim, effect: float, low: float, high: float) -> tuple[flo
 def testable(claim: Claim, reading: Reading) -> bool:
     """Whether the reading could have come out otherwise, by the rules above."""
     numbers = reading.effect, reading.low, reading.high
-    if any(map(isnan, numbers)) or not any(numbers) or not reading.positive_control:
+    moved = reading.positive_effect, reading.positive_low, reading.positive_high
+    if not reading.positive_control or any(map(isnan, numbers + moved)) or not any(numbers):
         return False
-    effect, low, high = _directed(
-        claim, reading.positive_effect, reading.positive_low, reading.positive_high
-    )
+    effect, low, high = _directed(claim, *moved)
     if claim.kind == "zero":
         return abs(effect) > claim.expected and (low > 0 or high < 0)
     return effect >= abs(claim.expected) / 2 and low > 0
