@@ -220,6 +220,7 @@ def test_the_scorecard_has_one_line_per_claim(saved):
     assert (first.id, first.effect, first.verdict) == (one.id, 0.3, "holds")
     assert (first.agree, first.others, first.stands_in) == (1, 3, False)
     assert card.verdict[1:].tolist() == ["untestable"] * 17  # nobody read them
+    assert not card.stands_in.any()
     assert card.statement.str.len().min() > 0
 
 

@@ -171,7 +171,7 @@ def details(profile: Profile) -> "pd.DataFrame":
             verdict, p = judge(claim, reading)
             row = asdict(claim) | reading._asdict() | {"verdict": verdict, "p": p}
             row |= {"claim": claim.id, "primary": reading.id == primary}
-            rows.append(row | {"stands_in": row["primary"] and primary != claim.primary})
+            rows.append(row | {"stands_in": row["primary"] and primary == claim.stand_in})
     table = pd.DataFrame(rows).drop(columns="stand_in")
     table = table[["claim", *table.columns.drop("claim")]]
     family = table.p[table.primary]
