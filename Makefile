@@ -4,7 +4,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup figures smoke test regress pair sweep audit book status clean environment
+.PHONY: help setup figures smoke rehearse test regress pair sweep audit book slides status clean environment
 
 PROFILE ?= toy
 NB ?=
@@ -61,6 +61,9 @@ figures: environment ## execute the notebooks that changed; figures/ and noteboo
 smoke: environment ## the same with tiny budgets, into build/smoke/
 	@$(python) -m tools.runner run --profile smoke $(notebooks) $(jobs)
 
+rehearse: environment ## PROFILE=mine.json: your own pair all the way at smoke's sizes, and what the full run needs
+	@$(python) -m tools.rehearse '$(PROFILE)' $(jobs)
+
 test: environment ## ruff, pytest, and every notebook at smoke through nbval
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
@@ -89,6 +92,9 @@ book: environment ## the notebooks as a website in build/book/html (nothing is e
 	cp -r figures/*.png figures/*.csv $(wildcard figures/dashboards) build/book/source/figures
 	$(python) -m sphinx -q -W --keep-going -b html build/book/source build/book/html
 	@echo "build/book/html/index.html"
+
+slides: environment ## slides from the executed notebooks in build/slides (nothing is executed)
+	@$(python) -m tools.slides
 
 status: ## which notebooks and figures are stale, and why
 	@python='$(python)'; if ! "$$python" -c '$(recent_enough)' 2>/dev/null; then \
