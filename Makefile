@@ -41,6 +41,16 @@ find_python = found=; \
 		exit 1; \
 	fi
 
+# Said before anything is installed: on Linux pip's torch brings CUDA along, whether or not there is a
+# card. nvidia-smi comes with the driver; in WSL2 it lies beside the path.
+say_cpu_build = if [ "$$(uname -s)" = Linux ] && [ -z '$(TORCH_INDEX)' ] \
+		&& ! command -v nvidia-smi >/dev/null && [ ! -e /proc/driver/nvidia/version ] \
+		&& [ ! -e /usr/lib/wsl/lib/nvidia-smi ]; then \
+		echo "no NVIDIA driver here: the CPU build of torch saves about 2.5 GB of download;" \
+			"to have it, stop and run: make $(or $(firstword $(MAKECMDGOALS)),setup)" \
+			"TORCH_INDEX=https://download.pytorch.org/whl/cpu"; \
+	fi
+
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
@@ -117,6 +127,7 @@ environment:
 	if $$indexed && cat requirements.lock pyproject.toml | cmp -s - .venv/.complete \
 		&& $(python) -c '$(recent_enough)' 2>/dev/null; then exit 0; fi; \
 	$(find_python); \
+	$(say_cpu_build); \
 	if [ -e .venv/.making ] || ! $(python) -c '$(recent_enough)' 2>/dev/null \
 		|| ! $(python) -m pip --version >/dev/null 2>&1; then \
 		echo "making .venv with $$found ($$("$$found" --version)); about 2.5 GB, some minutes"; \

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,16 @@ def _is_here(device: str) -> bool:
 
 def check_models(profile: Profile) -> list[str]:
     """What is wrong with the models as far as their ``config.json`` says."""
+    from dfc_lib.data.pair import is_hub_name
+
     configs, problems = {}, []
     for name, model in profile.family.items():
+        source = profile.location(model)
+        if not (Path(source).exists() or is_hub_name(str(source))):
+            problems.append(f"{name}: {source}: no such folder (a hub model is named owner/name)")
+            continue
         try:
-            configs[name] = budget.config_of(profile.location(model))
+            configs[name] = budget.config_of(source)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     widths = {name: config["hidden_size"] for name, config in configs.items()}
@@ -102,11 +109,15 @@ def check_texts(profile: Profile) -> list[str]:
     """Where the prompts and neutral texts are fewer than the profile asks for, or of one kind."""
     from dfc_lib.data import corpora
 
-    try:
-        records = {split: corpora.records(profile, split) for split in corpora.SHARES}
-        neutral = {split: corpora.neutral(profile, split) for split in ("crosscoder", "ranking")}
-    except (OSError, RuntimeError, ValueError) as error:
-        return [str(error)]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            records = {split: corpora.records(profile, split) for split in corpora.SHARES}
+            neutral = {
+                split: corpora.neutral(profile, split) for split in ("crosscoder", "ranking")
+            }
+        except (OSError, RuntimeError, ValueError) as error:
+            return [str(error)]
     calls = {
         split: [r for r in found if r.kind == "call" and not r.held_out]
         for split, found in records.items()
@@ -119,7 +130,9 @@ def check_texts(profile: Profile) -> list[str]:
         "n_steering": (len(calls["evaluation"]), "evaluation prompts whose gold is a call"),
         "n_neutral_texts": (len(neutral["ranking"]), "neutral texts of the ranking split"),
     }
-    problems = [
+    # Rows that cannot be used are told of when they are first read; fewer texts are counted below.
+    problems = [str(w.message) for w in warned if "left out" in str(w.message)]
+    problems += [
         f'{name} asks for {getattr(profile, name)}, but there are {n} {what}: add more, or set "'
         f'{name}": {n}'
         for name, (n, what) in have.items()
