@@ -63,6 +63,7 @@ def test_a_section_ends_where_the_next_begins():
     [
         ({"notebook": "55_nothing", "section": 1}, "no notebook '55_nothing'"),
         ({"notebook": "05_steering", "section": 99}, "no section 99; it has 1, 2"),
+        ({"notebook": "05_steering", "section": 2, "code": "g = 1"}, "no code 'g = 1'"),
         ({"notebook": "05_steering", "section": 3, "show": ["05_x"]}, "no figure or table '05_x'"),
         (
             {"notebook": "05_steering", "section": 3, "show": ["05_seeds"]},

@@ -46,9 +46,9 @@ TEMPLATE = """
 .reveal .slides { text-align: left; }
 .reveal .slides h1 { font-size: 1.8em; text-transform: none; }
 .reveal .slides h2 { font-size: 1.25em; text-transform: none; }
-.reveal img { max-height: 480px; margin: 0 auto; display: block; }
-.reveal img.formula { max-height: none; }
-.reveal img.inline { height: 1em; display: inline; margin: 0; vertical-align: -0.2em; }
+.reveal .slides img { max-height: 560px; max-width: 100%; margin: 0 auto; display: block; }
+.reveal .slides img.formula { max-height: none; }
+.reveal .slides img.inline { height: 1em; display: inline; vertical-align: -0.2em; }
 .reveal pre, .reveal table { font-size: 0.6em; }
 .reveal .jp-OutputPrompt, .reveal .jp-InputPrompt { display: none; }
 </style>
@@ -136,6 +136,18 @@ def outputs(section: Section, id: str, alt: str) -> list[dict[str, Any]]:
     )
 
 
+def code(section: Section, piece: str) -> str:
+    """The source of the section's cell of code that holds ``piece``.
+
+    Raises:
+        SlidesError: there is none.
+    """
+    for cell in section.cells:
+        if cell["cell_type"] == "code" and piece in cell["source"]:
+            return cell["source"]
+    raise SlidesError(f"{SELECTION.name}: section '{section.heading}' has no code {piece!r}")
+
+
 def _with_alt(output: dict[str, Any], alt: str) -> dict[str, Any]:
     if "data" not in output:
         return output | {"text": "".join(output.get("text", ""))}
@@ -208,6 +220,8 @@ def _slide(notebook: Notebook, slide: dict[str, Any], alts: dict[str, str]) -> I
         raise SlidesError(f"{SELECTION.name}: there is no figure or table {unknown[0]!r}")
     text = paragraphs(section) if slide.get("text") else ""
     yield _cell("markdown", "slide", f"## {section.heading}\n\n{with_formulas(text)}".strip())
+    if "code" in slide:
+        yield _cell("markdown", "-", f"```python\n{code(section, slide['code'])}\n```")
     for id in slide.get("show", ()):
         # Beside a text there is no room for a picture.
         yield _cell("code", "subslide" if text else "-", outputs=outputs(section, id, alts[id]))
