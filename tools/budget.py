@@ -152,8 +152,9 @@ def hours(profile: Profile, gpu: GPU) -> dict[str, float]:
     """Estimated hours of all notebooks on a card, by what takes them.
 
     A step of generation reads all weights, and its blocks have to be started one by one; a
-    crosscoder's step and a forward pass are counted in operations. Within a factor of two, if
-    nothing else uses the card and the answers come near ``max_new_tokens``.
+    crosscoder's step and a forward pass are counted in operations. What share of a data sheet is
+    reached (``REACHED``, ``LAUNCH``) is assumed and was not timed; every answer is taken to be as
+    long as it may be.
     """
     config = config_of(profile.location(profile.model_b))
     n, d, size = parameters(config), config["hidden_size"], BYTES[profile.dtype]
@@ -190,9 +191,9 @@ def gpu_page(profile: Profile) -> str:
     """Hours of all notebooks and whether it fits, for every named card."""
     needed = on_card(profile) / 1e9
     lines = [
-        f"ESTIMATES, within a factor of two: all notebooks, {answers(profile):,} answers and "
-        f"{crosscoders(profile)} crosscoders,",
-        f"on a card that must hold about {needed:.1f} GB",
+        f"ESTIMATES from data sheets, not timed on a card: all notebooks, {answers(profile):,} "
+        f"answers and {crosscoders(profile)} crosscoders,",
+        f"on a card that must hold about {needed:.1f} GB; the hours may be off by a factor of two",
         "",
         f"{'card':12}{'GB':>4}  {'fits':5}{'hours':>7}   of them {'answers':>8}{'crosscoders':>13}",
     ]
