@@ -4,7 +4,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup figures smoke test regress pair sweep audit book status clean environment
+.PHONY: help setup figures smoke rehearse test regress pair sweep audit book slides status clean environment
 
 PROFILE ?= toy
 NB ?=
@@ -43,6 +43,16 @@ find_python = found=; \
 		exit 1; \
 	fi
 
+# Said before anything is installed: on Linux pip's torch brings CUDA along, whether or not there is a
+# card. nvidia-smi comes with the driver; in WSL2 it lies beside the path.
+say_cpu_build = if [ "$$(uname -s)" = Linux ] && [ -z '$(TORCH_INDEX)' ] \
+		&& ! command -v nvidia-smi >/dev/null && [ ! -e /proc/driver/nvidia/version ] \
+		&& [ ! -e /usr/lib/wsl/lib/nvidia-smi ]; then \
+		echo "no NVIDIA driver here: the CPU build of torch saves about 2.5 GB of download;" \
+			"to have it, stop and run: make $(or $(firstword $(MAKECMDGOALS)),setup)" \
+			"TORCH_INDEX=https://download.pytorch.org/whl/cpu"; \
+	fi
+
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
@@ -62,6 +72,9 @@ figures: environment ## execute the notebooks that changed; figures/ and noteboo
 
 smoke: environment ## the same with tiny budgets, into build/smoke/
 	@$(python) -m tools.runner run --profile smoke $(notebooks) $(jobs)
+
+rehearse: environment ## PROFILE=mine.json: your own pair all the way at smoke's sizes, and what the full run needs
+	@$(python) -m tools.rehearse '$(PROFILE)' $(jobs)
 
 test: environment ## ruff, pytest, and every notebook at smoke through nbval
 	$(python) -m ruff check .
@@ -94,6 +107,9 @@ book: environment ## the notebooks as a website in build/book/html (nothing is e
 	$(python) -m sphinx -q -W --keep-going -b html build/book/source build/book/html
 	@echo "build/book/html/index.html"
 
+slides: environment ## slides from the executed notebooks in build/slides (nothing is executed)
+	@$(python) -m tools.slides
+
 status: ## which notebooks and figures are stale, and why
 	@python='$(python)'; if ! "$$python" -c '$(recent_enough)' 2>/dev/null; then \
 		$(find_python); python="$$found"; fi; \
@@ -115,6 +131,7 @@ environment:
 	if $$indexed && cat requirements.lock pyproject.toml | cmp -s - .venv/.complete \
 		&& $(python) -c '$(recent_enough)' 2>/dev/null; then exit 0; fi; \
 	$(find_python); \
+	$(say_cpu_build); \
 	if [ -e .venv/.making ] || ! $(python) -c '$(recent_enough)' 2>/dev/null \
 		|| ! $(python) -m pip --version >/dev/null 2>&1; then \
 		echo "making .venv with $$found ($$("$$found" --version)); about 2.5 GB, some minutes"; \

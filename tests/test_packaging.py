@@ -192,3 +192,45 @@ def test_make_refuses_an_environment_that_is_no_python():
     )
     assert result.returncode != 0
     assert "should be Python 3.11 or newer" in result.stderr
+
+
+def bootstrap(folder, *variables: str, driver: bool = False) -> str:
+    """What `make setup` says where pip cannot work: a Python that fails as soon as it is used."""
+    tools = folder / "bin"
+    tools.mkdir(parents=True)
+    # The test of the version succeeds, and nothing else that this Python is asked to do.
+    stubs = {"fake-python": 'test "$1" = -c', "uname": "echo Linux"}
+    for name, does in (stubs | ({"nvidia-smi": "true"} if driver else {})).items():
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(paths.ROOT / name, folder / name)
+    python = f"PYTHON={tools / 'fake-python'}"
+    path = os.pathsep.join([str(tools), os.environ["PATH"]])
+    result = subprocess.run(
+        ["make", "setup", python, *variables],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "VENV"} | {"PATH": path},
+    )
+    assert result.returncode != 0
+    return result.stdout
+
+
+@needs_make
+@pytest.mark.skipif(
+    shutil.which("nvidia-smi") is not None
+    or os.path.exists("/proc/driver/nvidia/version")
+    or os.path.exists("/usr/lib/wsl/lib/nvidia-smi"),
+    reason="this machine has an NVIDIA driver",
+)
+def test_without_a_driver_make_tells_of_the_cpu_build_before_it_installs(tmp_path):
+    """Gigabytes of CUDA on a laptop without a card are noticed when it is too late."""
+    address = "https://download.pytorch.org/whl/cpu"
+    said = bootstrap(tmp_path / "bare").splitlines()
+    assert f"make setup TORCH_INDEX={address}" in said[0]
+    assert "GB" in said[0]
+    assert said[1].startswith("making .venv")
+    assert "TORCH_INDEX" not in bootstrap(tmp_path / "chosen", f"TORCH_INDEX={address}")
+    assert "TORCH_INDEX" not in bootstrap(tmp_path / "card", driver=True)

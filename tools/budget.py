@@ -1,4 +1,4 @@
-"""What a profile needs of memory and disk, before anything is downloaded.
+"""What a profile needs of memory, disk and, on a GPU, hours, before anything is downloaded.
 
     python -m tools.budget --profile qwen
 
@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dfc_lib import profiles
 from dfc_lib.profiles import Profile
@@ -31,6 +31,25 @@ KNOWN = {
         "model_type": "qwen2",
     }
 }
+
+
+class GPU(NamedTuple):
+    """A card by its data sheet: 10^9 bytes, 10^9 bytes a second, 10^12 operations a second."""
+
+    memory: float
+    bandwidth: float
+    half: float  # dense, 16 bit: the models
+    single: float  # 32 bit without tensor cores: the crosscoders
+
+
+GPUS = {
+    "L4": GPU(24, 300, 121, 30),
+    "RTX 4090": GPU(24, 1_008, 165, 82),
+    "A100 80 GB": GPU(80, 2_039, 312, 19.5),
+    "H100 80 GB": GPU(80, 3_350, 989, 67),
+}
+REACHED = 0.4  # share of the data sheet's operations that is reached, about
+LAUNCH = 7e-4  # seconds in which Python starts the work of one decoder block for one token
 
 
 def config_of(source: Path | str) -> Mapping[str, Any]:
@@ -111,6 +130,83 @@ def audit_table(profile: Profile) -> list[tuple[float, str, str]]:
     ]
 
 
+def answers(profile: Profile) -> int:
+    """How many answers all notebooks let the models write, about.
+
+    The cells that the notebooks ask for, times their prompts. Most are of 05 (five variants, grids,
+    random directions), 06 and 08.
+    """
+    seeds, many = len(profile.seeds), profile.many_seeds
+    steering = 25 * seeds + 14.5 * many + profile.n_random_directions + 182
+    cells = steering + 80 * seeds + 260  # of 06, of 08
+    alone = 5 * len(profile.family) * profile.n_evaluation
+    return round(cells * profile.n_steering + alone)
+
+
+def crosscoders(profile: Profile) -> int:
+    """How many crosscoders of the profile's size all notebooks train, about; 48 are 08's."""
+    return 5 * len(profile.seeds) + 2 * profile.many_seeds + 48 + 16
+
+
+def hours(profile: Profile, gpu: GPU) -> dict[str, float]:
+    """Estimated hours of all notebooks on a card, by what takes them.
+
+    A step of generation reads all weights, and its blocks have to be started one by one; a
+    crosscoder's step and a forward pass are counted in operations. What share of a data sheet is
+    reached (``REACHED``, ``LAUNCH``) is assumed and was not timed; every answer is taken to be as
+    long as it may be.
+    """
+    config = config_of(profile.location(profile.model_b))
+    n, d, size = parameters(config), config["hidden_size"], BYTES[profile.dtype]
+    at_once, depth = 4 * profile.batch_generation, config["num_hidden_layers"]
+    # The batch's keys and values are read at every step too.
+    read = n * size + _answered(profile, config)
+    step = max(read / (gpu.bandwidth * 1e9), depth * LAUNCH)
+    batches = answers(profile) / at_once
+    products = (
+        2 * 3 * 2 * profile.batch_size * profile.dict_size * 2 * d
+    )  # encode, decode; and back
+    training = crosscoders(profile) * profile.steps * products / (REACHED * gpu.single * 1e12)
+    texts = profile.n_crosscoder_texts + profile.n_ranking + profile.n_evaluation
+    forward = 2 * n * sum(TOKENS) * texts * len(profile.family)
+    seconds = {
+        "answers": batches * profile.max_new_tokens * step,
+        "crosscoders": training,
+        "reading": forward / (REACHED * gpu.half * 1e12),
+    }
+    return {what: amount / 3600 for what, amount in seconds.items()}
+
+
+def on_card(profile: Profile) -> float:
+    """Bytes that a card must hold at the worst moment: the family, or a training beside a pair."""
+    amounts = {what: amount for amount, _, what in table(profile)}
+    family = next(a for what, a in amounts.items() if what.startswith("the family"))
+    pair = next(a for what, a in amounts.items() if what.startswith("A and B"))
+    answered = next(a for what, a in amounts.items() if "answers at once" in what)
+    trained = next(a for what, a in amounts.items() if what.startswith("a crosscoder in training"))
+    return max(family, pair + trained) + answered
+
+
+def gpu_page(profile: Profile) -> str:
+    """Hours of all notebooks and whether it fits, for every named card."""
+    needed = on_card(profile) / 1e9
+    lines = [
+        f"ESTIMATES from data sheets, not timed on a card: all notebooks, {answers(profile):,} "
+        f"answers and {crosscoders(profile)} crosscoders,",
+        f"on a card that must hold about {needed:.1f} GB; the hours may be off by a factor of two",
+        "",
+        f"{'card':12}{'GB':>4}  {'fits':5}{'hours':>7}   of them {'answers':>8}{'crosscoders':>13}",
+    ]
+    for name, gpu in GPUS.items():
+        parts = hours(profile, gpu)
+        fits = "yes" if needed < 0.9 * gpu.memory else "no"
+        lines.append(
+            f"{name:12}{gpu.memory:>4}  {fits:5}{sum(parts.values()):>7.1f}   "
+            f"{'':7} {parts['answers']:>8.1f}{parts['crosscoders']:>13.1f}"
+        )
+    return "\n".join(lines)
+
+
 def _per_token(profile: Profile, config: Mapping[str, Any]) -> int:
     """Bytes of one token's keys and values."""
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -146,7 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.budget", description=__doc__)
     parser.add_argument("--profile", default="toy")
     try:
-        print(page(profiles.load(parser.parse_args(arguments).profile)))
+        profile = profiles.load(parser.parse_args(arguments).profile)
+        print(page(profile))
+        if profile.device != "cpu":
+            print(f"\n{gpu_page(profile)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
