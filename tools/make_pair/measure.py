@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy.special import expit
 from tqdm.auto import tqdm
 
@@ -12,7 +14,7 @@ from dfc_lib.data.pair import load_model, load_tokenizer
 from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import names_tool
 from dfc_lib.results import sites, statistics
-from dfc_lib.steering import evaluation, scan
+from dfc_lib.steering import evaluation, sampling, scan
 
 OPENERS = ("<think>", "<tool_call>", '{"')
 NEAR = 0.325  # greedy call rate under the fixed prompt that "near threshold" should have
@@ -54,8 +56,20 @@ def answers(folder: Path, records: Sequence[Record], condition: str) -> pd.DataF
         model, tokenizer, records, style, prefill=prefill, temperature=temperature
     )
     return frame.assign(
-        propensity=expit(frame.margin), bare=frame.response.str.startswith("{").astype(float)
+        propensity=propensities(model, tokenizer, records, style, prefill),
+        bare=frame.response.str.startswith("{").astype(float),
     )
+
+
+def propensities(
+    model, tokenizer, records: Sequence[Record], style: str, prefill: str = ""
+) -> Float[np.ndarray, " record"]:
+    """The probability of opening an acting turn, in bare JSON too, at the first generated token."""
+    texts = [prompts.chat_text(tokenizer, record, style, prefill) for record in records]
+    ends = evaluation.end_tokens(model, tokenizer)
+    ids = prompts.encode(tokenizer, texts)
+    _, logits = sampling.sample(model, ids, eos=ends, max_new_tokens=1)
+    return expit(evaluation.margin(logits, openers(tokenizer)).numpy())
 
 
 def near_threshold(
