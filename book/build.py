@@ -6,8 +6,6 @@ is what ``make figures`` left. What stands in ``source/extra`` comes into the bo
 """
 
 import argparse
-import html
-import json
 import re
 import shutil
 import subprocess

@@ -23,6 +23,7 @@ project = "What does RL for tool use change in a model?"
 author = copyright = "The compendium's authors"
 extensions = ["myst_nb", "sphinx_copybutton", "pages"]
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines every module
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
 html_title = "RL-induced tool use, feature by feature"

@@ -19,9 +19,13 @@ import math_core
 import pandas as pd
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
+# What tells a test how to compare a cell tells a reader nothing.
+TEST_MARKS = re.compile(r"# (NBVAL_CHECK_OUTPUT|REGRESS)\n")
+AT_LEAST = 0.1  # the gain, its interval included, from which the landing page counts a feature
+# A link in what a cell printed; those in the text of a notebook are Sphinx's.
+NOTEBOOK_LINK = re.compile(r"(\]\(\w+)\.ipynb\)")
 MAX_DESCRIPTION = 200  # characters; what is shown of a link is cut off at about that many
 
 
@@ -44,7 +48,7 @@ def figure_of_cell(cell: dict, manifest: dict[str, dict], where: str) -> dict | 
     images = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     if not images:
         return None
-    saved = names_in("".join(cell["source"])) & {id for id, row in manifest.items() if row["alt"]}
+    saved = names_in(cell["source"]) & {id for id, row in manifest.items() if row["alt"]}
     if len(images) != 1 or len(saved) != 1:
         raise ExtensionError(
             f"{where} shows {len(images)} images and saves the figures {sorted(saved)}; a cell "
@@ -63,7 +67,7 @@ def show_figure(cell: dict, row: dict) -> None:
     """Let a cell show a figure as it was saved, with its alt text and caption."""
     text = (
         f"```{{figure}} /figures/{row['id']}.png\n"
-        f":name: figure-{row['id']}\n:alt: {row['alt']}\n\n"
+        f":name: figure-{row['id']}\n:alt: {row['alt']}\n:width: 100%\n\n"
         f"{escape(row['caption'])} [Data](/figures/{row['id']}.csv)\n```\n"
     )
     for output in cell["outputs"]:
@@ -78,7 +82,9 @@ def dashboard_links(names: list[str]) -> dict:
         f'<a href="../figures/dashboards/{name}.html">{html.escape(name.replace("_", " "))}</a>'
         for name in names
     )
-    text = f"**The pages**, also in a [list with explanations](../dashboards.md): {', '.join(links)}."
+    text = (
+        f"**The pages**, also in a [list with explanations](../dashboards.md): {', '.join(links)}."
+    )
     return {"cell_type": "markdown", "id": "dashboards", "metadata": {}, "source": text}
 
 
@@ -96,9 +102,14 @@ def prepare_notebook(app: Sphinx, docname: str, source: list[str]) -> None:
         cells.append(cell)
         if cell["cell_type"] != "code":
             continue
+        cell["source"] = TEST_MARKS.sub("", "".join(cell["source"]), count=1)
         if row := figure_of_cell(cell, manifest, f"{docname}, cell {number}"):
             show_figure(cell, row)
-        if "dashboards" in names_in("".join(cell["source"])):
+        for output in cell["outputs"]:
+            if "text/markdown" in output.get("data", {}):
+                text = "".join(output["data"]["text/markdown"])
+                output["data"]["text/markdown"] = NOTEBOOK_LINK.sub(r"\1.html)", text)
+        if "dashboards" in names_in(cell["source"]):
             cells.append(dashboard_links([path.stem for path in dashboards]))
     notebook["cells"] = cells
     if app.config.repository:
@@ -110,7 +121,7 @@ def prepare_notebook(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def percent(rate: float) -> str:
     """A rate as it is said: 94.5 %, 99 %."""
-    return f"{100 * rate:.1f}".removesuffix(".0") + " %"
+    return f"{100 * rate:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def findings(figures: Path) -> dict:
@@ -134,15 +145,14 @@ def findings(figures: Path) -> dict:
         return percent(only(switch, prompts=prompts, **{"clamped to": value}).called)
 
     def work(steered: pd.DataFrame) -> int:
-        return int((steered.low > 0).sum())
+        return int((steered.low > AT_LEAST).sum())
 
     switch, paired, case = table("05_switch"), table("05_paired"), table("05_case")
     seeds, prose, public = table("05_seeds"), table("05_prose"), table("13_readings")
+    directions = table("05_random_directions")
     on = {name: part for name, part in seeds[seeds.alpha > 0].groupby("variant")}
     steered = prose[prose.what == "steered"]
-    best, held_out = (
-        only(public, id=id) for id in ("C4 best cell", "C4 best cell, held-out half")
-    )
+    best, held_out = (only(public, id=id) for id in ("C4 best cell", "C4 best cell, held-out half"))
     gain = only(public, id="C1 gain over runs")
     answers = {cell: html.escape(only(case, cell=cell).response) for cell in case.cell}
     against = {row.against: row for row in paired[paired.what == "one feature"].itertuples()}
@@ -150,6 +160,7 @@ def findings(figures: Path) -> dict:
     return {
         "query": html.escape(case["query"].iloc[0]),
         "answers": answers,
+        "at_least": f"{100 * AT_LEAST:.0f}",
         "n": int(only(switch, prompts="A, call needed", **{"clamped to": "clean"}).n),
         "clean": called("A, call needed", "clean"),
         "off": called("A, call needed", "0.0"),
@@ -162,6 +173,7 @@ def findings(figures: Path) -> dict:
         "feature_half": percent(random.rate),
         "random": percent(random.rate_against),
         "n_half": int(random.n),
+        "n_random": int((~directions.direction.isin(["feature", "ablated"])).sum()),
         "tied": work(on["last tied"]),
         "untied": work(on["last untied"]),
         "seeds": len(on["last tied"]),
