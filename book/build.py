@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # and stay as they are.
 IN_HEAD = (
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    "<style>code,td{overflow-wrap:anywhere}svg{max-width:100%}</style>"
+    "<style>code{overflow-wrap:anywhere}.n{white-space:nowrap}svg{max-width:100%}</style>"
 )
 WAY_BACK = '<p><a href="../../dashboards.html">All features</a></p>'
 

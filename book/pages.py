@@ -227,9 +227,9 @@ def describe(
         context["metatags"] += f'\n<meta name="description" content="{text}">'
     if base := app.config.html_baseurl:  # these two must be whole addresses
         tags["og:url"] = f"{base}{pagename}.html"
-        images = [i["uri"] for i in doctree.findall(nodes.image)]
-        if images and images[0] in app.builder.images:
-            tags["og:image"] = f"{base}_images/{app.builder.images[images[0]]}"
+        for image in doctree.findall(nodes.image):
+            tags["og:image"] = f"{base}_images/{Path(image['uri']).name}"
+            break
     for name, content in tags.items():
         context["metatags"] += f'\n<meta property="{name}" content="{content}">'
 

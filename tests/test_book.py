@@ -1,6 +1,6 @@
-"""The built book, as a reader gets it: figures, tables, links, nothing from elsewhere, no page
-that scrolls sideways."""
+"""The built book as a reader gets it: figures, tables, links, nothing from elsewhere."""
 
+import importlib
 import json
 import re
 import shutil
@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
 from bs4 import BeautifulSoup
+from docutils import nodes
+from docutils.utils import new_document
+from sphinx.errors import ExtensionError
 
 from dfc_lib import paths, profiles
 from dfc_lib.results import figures
@@ -196,6 +200,38 @@ def test_every_page_says_what_a_link_to_it_shows(pages):
         assert said == tags["og:description"]
         assert 20 < len(said) <= 202, page
     assert len(set(titles.values())) == len(titles)
+
+
+def test_on_github_pages_a_shared_link_has_an_address_and_a_picture(monkeypatch):
+    """Those who show a link need whole addresses, and only a published book has them."""
+    monkeypatch.syspath_prepend(paths.ROOT / "book")
+    pages = importlib.import_module("pages")
+    document = new_document("index.md")
+    document += nodes.paragraph(text="What was <found>.")
+    document += nodes.image(uri="../_images/05_switch.png")
+    for base in ("", "https://owner.github.io/name/"):
+        config = SimpleNamespace(html_title="Book", html_baseurl=base)
+        context = {"title": "Five", "metatags": ""}
+        pages.describe(SimpleNamespace(config=config), "notebooks/05", "", context, document)
+        soup = BeautifulSoup(context["metatags"], "html.parser")
+        tags = {m["property"]: m["content"] for m in soup.find_all("meta", property=True)}
+        assert tags["og:description"] == "What was <found>."
+        assert tags.get("og:url", "") == (base and f"{base}notebooks/05.html")
+        assert tags.get("og:image", "") == (base and f"{base}_images/05_switch.png")
+
+
+def test_a_cell_shows_the_one_figure_that_it_saved(monkeypatch):
+    """An image that no figure was made of would come without caption and alt text."""
+    monkeypatch.syspath_prepend(paths.ROOT / "book")
+    pages = importlib.import_module("pages")
+    rows = {id: {"id": id, "alt": "A line rises."} for id in ("05_a", "05_b")}
+    picture = {"data": {"image/png": ""}}
+    cell = {"source": 'save_figure(fig, "05_a")', "outputs": [{"text": "done"}, picture]}
+    assert pages.figure_of_cell(cell, rows, "05, cell 1") == rows["05_a"]
+    assert pages.figure_of_cell(cell | {"outputs": []}, rows, "05, cell 1") is None
+    for source in ("plt.show()", 'save_figure(one, "05_a"); save_figure(two, "05_b")'):
+        with pytest.raises(ExtensionError, match="05, cell 1 shows 1 images"):
+            pages.figure_of_cell(cell | {"source": source}, rows, "05, cell 1")
 
 
 def test_the_landing_page_takes_its_numbers_from_the_tables(pages):
