@@ -96,15 +96,8 @@ sweep: environment ## the 48 crosscoders of notebook 08 (resumes; RAY=1: on a Ra
 audit: environment ## does releasing a crosscoder leak the skill? CROSSCODER=folder or hub name (PROFILE= its pair)
 	@$(python) -m tools.audit '$(CROSSCODER)' --profile '$(PROFILE)'
 
-# The pages are copied into the repository's own layout, so that links hold here as on GitHub.
 book: environment ## the notebooks as a website in build/book/html (nothing is executed)
-	rm -rf build/book/source
-	mkdir -p build/book/source/data/pair build/book/source/figures
-	cp -r book/_static book/conf.py book/index.md README.md CONTRIBUTING.md build/book/source
-	cp -r notebooks build/book/source/notebooks
-	cp data/pair/README.md build/book/source/data/pair
-	cp -r figures/*.png figures/*.csv $(wildcard figures/dashboards) build/book/source/figures
-	$(python) -m sphinx -q -W --keep-going -b html build/book/source build/book/html
+	$(python) book/build.py build/book
 	@echo "build/book/html/index.html"
 
 slides: environment ## slides from the executed notebooks in build/slides (nothing is executed)

@@ -170,6 +170,23 @@ def test_ci_runs_what_make_test_runs():
     assert lines[-1] == "make test"
 
 
+def test_workflows_run_what_is_run_here_and_may_do_no_more_than_they_must():
+    """A step of their own would fail, or pass, where nobody can try it."""
+    jobs = {}
+    for path in sorted((paths.ROOT / ".github" / "workflows").glob("*.yml")):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        jobs |= workflow["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert sorted(commands) == [".ci/run", "make book"]
+    asked = {name: job["permissions"] for name, job in jobs.items() if "permissions" in job}
+    assert asked == {"publish": {"pages": "write", "id-token": "write"}}
+    for job in jobs.values():
+        assert job["timeout-minutes"] <= 90
+        for step in job["steps"]:
+            assert re.fullmatch(r"actions/[\w-]+@v\d+", step.get("uses", "actions/none@v0"))
+
+
 @needs_make
 def test_make_help_lists_every_target():
     """An undocumented target is not found by those who need it."""

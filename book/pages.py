@@ -1,0 +1,264 @@
+"""What the book adds to its pages, as a Sphinx extension.
+
+- An image that a notebook's cell saved as a figure becomes that figure: the saved picture with the
+  alt text and the caption of ``figures/manifest.json`` and a link to the data behind it.
+- The cell that wrote the dashboards is followed by links to them.
+- The landing page (``index.md``) is a template; its numbers come from the CSVs of ``figures/``.
+- Mathematics becomes MathML, which browsers show without a script or a font from elsewhere.
+- Every page says in its head what a link to it shows when it is shared.
+"""
+
+import ast
+import html
+import json
+import re
+from pathlib import Path
+
+import jinja2
+import math_core
+import pandas as pd
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+
+# What tells a test how to compare a cell tells a reader nothing.
+TEST_MARKS = re.compile(r"# (NBVAL_CHECK_OUTPUT|REGRESS)\n")
+AT_LEAST = 0.1  # the gain, its interval included, from which the landing page counts a feature
+# A link in what a cell printed; those in the text of a notebook are Sphinx's.
+NOTEBOOK_LINK = re.compile(r"(\]\(\w+)\.ipynb\)")
+MAX_DESCRIPTION = 200  # characters; what is shown of a link is cut off at about that many
+
+
+def names_in(code: str) -> set[str]:
+    """The texts that stand as literals in a cell; none where it is no plain Python."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return set()
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {value for value in constants if isinstance(value, str)}
+
+
+def figure_of_cell(cell: dict, manifest: dict[str, dict], where: str) -> dict | None:
+    """The row of the manifest that a cell with an image saved.
+
+    Raises:
+        ExtensionError: the cell shows an image and saved no figure, or more than one.
+    """
+    images = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    if not images:
+        return None
+    saved = names_in(cell["source"]) & {id for id, row in manifest.items() if row["alt"]}
+    if len(images) != 1 or len(saved) != 1:
+        raise ExtensionError(
+            f"{where} shows {len(images)} images and saves the figures {sorted(saved)}; a cell "
+            "should save one figure (dfc_lib.results.figures.save_figure) and show it, or the "
+            "image has neither caption nor alt text"
+        )
+    return manifest[saved.pop()]
+
+
+def escape(text: str) -> str:
+    """Plain text as Markdown that shows it."""
+    return re.sub(r"([\\`*_{}\[\]<>$~|])", r"\\\1", text)
+
+
+def show_figure(cell: dict, row: dict) -> None:
+    """Let a cell show a figure as it was saved, with its alt text and caption."""
+    text = (
+        f"```{{figure}} /figures/{row['id']}.png\n"
+        f":name: figure-{row['id']}\n:alt: {row['alt']}\n:width: 100%\n\n"
+        f"{escape(row['caption'])} [Data](/figures/{row['id']}.csv)\n```\n"
+    )
+    for output in cell["outputs"]:
+        if "image/png" in output.get("data", {}):
+            output["data"] = {"text/markdown": text}
+    cell["metadata"]["mystnb"] = {"markdown_format": "myst"}  # a directive is no plain Markdown
+
+
+def dashboard_links(names: list[str]) -> dict:
+    """A cell that links the pages of single features."""
+    links = (
+        f'<a href="../figures/dashboards/{name}.html">{html.escape(name.replace("_", " "))}</a>'
+        for name in names
+    )
+    text = (
+        f"**The pages**, also in a [list with explanations](../dashboards.md): {', '.join(links)}."
+    )
+    return {"cell_type": "markdown", "id": "dashboards", "metadata": {}, "source": text}
+
+
+def prepare_notebook(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Give a notebook its figures, its dashboards and, from a GitHub clone, a link to Colab."""
+    if not docname.startswith("notebooks/"):
+        return
+    notebook = json.loads(source[0])
+    figures = Path(app.srcdir) / "figures"
+    rows = json.loads((figures / "manifest.json").read_text(encoding="utf-8"))
+    manifest = {row["id"]: row for row in rows}
+    dashboards = sorted((Path(app.srcdir) / "extra/figures/dashboards").glob("*.html"))
+    cells = []
+    for number, cell in enumerate(notebook["cells"]):
+        cells.append(cell)
+        if cell["cell_type"] != "code":
+            continue
+        cell["source"] = TEST_MARKS.sub("", "".join(cell["source"]), count=1)
+        if row := figure_of_cell(cell, manifest, f"{docname}, cell {number}"):
+            show_figure(cell, row)
+        for output in cell["outputs"]:
+            if "text/markdown" in output.get("data", {}):
+                text = "".join(output["data"]["text/markdown"])
+                output["data"]["text/markdown"] = NOTEBOOK_LINK.sub(r"\1.html)", text)
+        if "dashboards" in names_in(cell["source"]):
+            cells.append(dashboard_links([path.stem for path in dashboards]))
+    notebook["cells"] = cells
+    if app.config.repository:
+        address = f"https://colab.research.google.com/github/{app.config.repository}"
+        link = f"\n\n[Open in Colab]({address}/blob/main/{docname}.ipynb)"
+        cells[0]["source"] = "".join(cells[0]["source"]) + link
+    source[0] = json.dumps(notebook)
+
+
+def percent(rate: float) -> str:
+    """A rate as it is said: 94.5 %, 99 %."""
+    return f"{100 * rate:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
+
+
+def findings(figures: Path) -> dict:
+    """What the landing page says was found, read from the CSVs behind the figures.
+
+    Raises:
+        ExtensionError: a table has not exactly one row where one number is read.
+    """
+
+    def table(id: str) -> pd.DataFrame:
+        return pd.read_csv(figures / f"{id}.csv", keep_default_na=False, na_values=["NaN"])
+
+    def only(frame: pd.DataFrame, **where) -> pd.Series:
+        for column, value in where.items():
+            frame = frame[frame[column] == value]
+        if len(frame) != 1:
+            raise ExtensionError(f"{len(frame)} rows have {where}; the landing page reads one")
+        return frame.iloc[0]
+
+    def called(prompts: str, value: str) -> str:
+        return percent(only(switch, prompts=prompts, **{"clamped to": value}).called)
+
+    def work(steered: pd.DataFrame) -> int:
+        return int((steered.low > AT_LEAST).sum())
+
+    switch, paired, case = table("05_switch"), table("05_paired"), table("05_case")
+    seeds, prose, public = table("05_seeds"), table("05_prose"), table("13_readings")
+    directions = table("05_random_directions")
+    on = {name: part for name, part in seeds[seeds.alpha > 0].groupby("variant")}
+    steered = prose[prose.what == "steered"]
+    best, held_out = (only(public, id=id) for id in ("C4 best cell", "C4 best cell, held-out half"))
+    gain = only(public, id="C1 gain over runs")
+    answers = {cell: html.escape(only(case, cell=cell).response) for cell in case.cell}
+    against = {row.against: row for row in paired[paired.what == "one feature"].itertuples()}
+    mean, random = against["mean of A - B"], against["best random direction"]
+    return {
+        "query": html.escape(case["query"].iloc[0]),
+        "answers": answers,
+        "at_least": f"{100 * AT_LEAST:.0f}",
+        "n": int(only(switch, prompts="A, call needed", **{"clamped to": "clean"}).n),
+        "clean": called("A, call needed", "clean"),
+        "off": called("A, call needed", "0.0"),
+        "on": called("A, call needed", "2.0"),
+        "base": called("base, call needed", "clean"),
+        "base_on": called("base, call needed", "2.0"),
+        "base_far": called("base, call needed", "4.0"),
+        "feature": percent(mean.rate),
+        "mean": percent(mean.rate_against),
+        "feature_half": percent(random.rate),
+        "random": percent(random.rate_against),
+        "n_half": int(random.n),
+        "n_random": int((~directions.direction.isin(["feature", "ablated"])).sum()),
+        "tied": work(on["last tied"]),
+        "untied": work(on["last untied"]),
+        "seeds": len(on["last tied"]),
+        "prose": work(steered),
+        "prose_seeds": len(steered),
+        "best": f"{100 * best.effect:.0f}",
+        "best_low": f"{100 * best.low:.0f}",
+        "best_high": f"{100 * best.high:.0f}",
+        "held_out": f"{100 * held_out.effect:.0f}",
+        "gain": f"{100 * gain.effect:.0f}",
+        "gain_low": f"{100 * gain.low:.0f}",
+        "gain_high": f"{100 * gain.high:.0f}",
+        "key": next(
+            row
+            for row in json.loads((figures / "manifest.json").read_text(encoding="utf-8"))
+            if row["id"] == "05_switch"
+        ),
+        "escape": escape,
+    }
+
+
+def fill_landing_page(app: Sphinx, docname: str, source: list[str]) -> None:
+    if docname == "index":
+        template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source[0])
+        source[0] = template.render(findings(Path(app.srcdir) / "figures"))
+
+
+def description(doctree: nodes.document) -> str:
+    """The first paragraph under a page's title, cut off after a word where it is long."""
+    for paragraph in doctree.findall(nodes.paragraph):
+        text = " ".join(paragraph.astext().split())
+        if text and not isinstance(paragraph.parent, nodes.entry):
+            break
+    else:
+        return ""
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    return text[:MAX_DESCRIPTION].rsplit(" ", 1)[0].rstrip(",;:") + " …"
+
+
+def describe(
+    app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Put into a page's head what is shown where a link to it is shared."""
+    if doctree is None:  # the search and the index have no text of their own
+        return
+    title = re.sub(r"<[^>]+>", "", context["title"])  # escaped already
+    tags = {"og:type": "article", "og:title": title, "og:site_name": app.config.html_title}
+    if text := html.escape(description(doctree)):
+        tags["og:description"] = text
+        context["metatags"] += f'\n<meta name="description" content="{text}">'
+    if base := app.config.html_baseurl:  # these two must be whole addresses
+        tags["og:url"] = f"{base}{pagename}.html"
+        for image in doctree.findall(nodes.image):
+            tags["og:image"] = f"{base}_images/{Path(image['uri']).name}"
+            break
+    for name, content in tags.items():
+        context["metatags"] += f'\n<meta property="{name}" content="{content}">'
+
+
+converter = math_core.LatexToMathML()
+
+
+def mathml(translator, node: nodes.Element, displaystyle: bool) -> str:
+    try:
+        return converter.convert_with_local_state(node.astext(), displaystyle=displaystyle)
+    except math_core.LatexError as error:
+        raise ExtensionError(f"{node.source}: {node.astext()!r} is no formula: {error}") from error
+
+
+def visit_math(translator, node: nodes.math) -> None:
+    translator.body.append(mathml(translator, node, displaystyle=False))
+    raise nodes.SkipNode
+
+
+def visit_displaymath(translator, node: nodes.math_block) -> None:
+    formula = mathml(translator, node, displaystyle=True)
+    translator.body.append(f'<div class="math">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> dict:
+    app.add_config_value("repository", None, "env", types=frozenset({str}))
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
+    app.connect("source-read", prepare_notebook)
+    app.connect("source-read", fill_landing_page)
+    app.connect("html-page-context", describe)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
