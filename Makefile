@@ -87,6 +87,7 @@ book: environment ## the notebooks as a website in build/book/html (nothing is e
 	cp -r notebooks build/book/source/notebooks
 	cp data/pair/README.md build/book/source/data/pair
 	cp -r figures/*.png figures/*.csv $(wildcard figures/dashboards) build/book/source/figures
+	cp book/dial.md build/book/source && $(python) -m tools.dial build/book/html/dial
 	$(python) -m sphinx -q -W --keep-going -b html build/book/source build/book/html
 	@echo "build/book/html/index.html"
 
