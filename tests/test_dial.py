@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib import profiles
+from dfc_lib import paths, profiles
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
 from dfc_lib.data import prompts
@@ -170,6 +170,13 @@ def expected(study, texts, cells, target):
     return logits, tokens
 
 
+@pytest.fixture(scope="module")
+def of_the_switch(study, facts, dial):
+    """What PyTorch says to the switch, by model; node and Chromium are held against it."""
+    texts = texts_of(facts)
+    return {(model, 0): expected(study, texts, cells_of(dial, 0), model) for model in MODELS}
+
+
 def wanted(texts, directions) -> str:
     """JavaScript that turns the dial to everything that is compared."""
     return f"""(dial) => {json.dumps(texts)}.map((text) => {{
@@ -182,36 +189,37 @@ def wanted(texts, directions) -> str:
     }})"""
 
 
-def compare(found, study, texts, dial, directions):
-    """Raises unless JavaScript and PyTorch agree; returns the largest gap of a logit."""
+def compare(found, truth) -> float:
+    """Raises unless JavaScript agrees with PyTorch; returns the largest gap of a logit."""
     worst, changed = 0.0, set()
-    for j, (model, direction) in enumerate(directions):
-        logits, tokens = expected(study, texts, cells_of(dial, direction), model)
-        for i in range(len(texts)):
-            for a, alpha in enumerate(ALPHAS):
-                here = found[i][j][a]
-                gap = np.abs(np.array(here["logits"]) - logits[i, alpha]).max()
-                assert gap < 1e-3, (model, direction, i, alpha)
-                assert here["tokens"] == tokens[i, alpha], (model, direction, i, alpha)
-                worst = max(worst, float(gap))
-                changed |= {(model, i)} if tokens[i, alpha] != tokens[i, 1.0] else set()
-    assert {model for model, _ in changed} == set(MODELS)  # else the dial turned nothing
+    for j, ((model, direction), (logits, tokens)) in enumerate(truth.items()):
+        for i, alpha in logits:
+            here, where = found[i][j][ALPHAS.index(alpha)], (model, direction, i, alpha)
+            gap = float(np.abs(np.array(here["logits"]) - logits[i, alpha]).max())
+            assert gap < 1e-3, where
+            assert here["tokens"] == tokens[i, alpha], where
+            worst = max(worst, gap)
+            if tokens[i, alpha] != tokens[i, 1.0]:
+                changed.add(model)
+    assert changed == set(MODELS)  # else the dial turned nothing
     return worst
 
 
-def test_every_turn_of_the_switch_equals_pytorchs(page, study, facts, dial, tmp_path):
+def test_every_turn_of_the_switch_equals_pytorchs(page, facts, of_the_switch, tmp_path):
     texts = texts_of(facts)
     assert len(texts) == N_PROMPTS
-    directions = [(model, 0) for model in MODELS]
-    found = in_node(page, wanted(texts, directions), tmp_path)
-    print("largest gap of a logit:", compare(found, study, texts, dial, directions))
+    found = in_node(page, wanted(texts, list(of_the_switch)), tmp_path)
+    print("largest gap of a logit:", compare(found, of_the_switch))
 
 
 def test_the_other_directions_equal_the_librarys(page, study, facts, dial, tmp_path):
     texts = texts_of(facts)[:2]
-    directions = [(m, d) for m in MODELS for d in range(1, len(facts["directions"]))]
-    found = in_node(page, wanted(texts, directions), tmp_path)
-    compare(found, study, texts, dial, directions)
+    truth = {
+        (model, d): expected(study, texts, cells_of(dial, d), model)
+        for model in MODELS
+        for d in range(1, len(facts["directions"]))
+    }
+    compare(in_node(page, wanted(texts, list(truth)), tmp_path), truth)
 
 
 def test_codes_of_all_tokens_equal_the_librarys(page, study, facts, codec, tmp_path):
@@ -321,7 +329,7 @@ def test_committed_data_is_small():
 
 def test_another_pair_than_the_measured_one_is_refused(tmp_path, capsys):
     other = replace(PROFILE, model_a=PROFILE.model_b)
-    with pytest.raises(ValueError, match="other models than toy's; run `python -m tools.dial --me"):
+    with pytest.raises(ValueError, match="other models than toy's; run `python"):
         pack.facts_of(other)
     with pytest.raises(ValueError, match="is missing; run"):
         pack.facts_of(PROFILE, tmp_path)
@@ -379,12 +387,15 @@ def opened(browser, page: Path, width: int = 1280, theme: str = "light", address
     return tab, asked
 
 
-def test_chromium_computes_what_pytorch_does(browser, page, study, facts, dial):
-    texts = texts_of(facts)
-    directions = [(model, 0) for model in MODELS]
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_chromium_computes_what_pytorch_does(browser, page, facts, of_the_switch):
     tab, _ = opened(browser, page)
-    found = tab.evaluate(f"({wanted(texts, directions)})(openedDial)")
-    compare(found, study, texts, dial, directions)
+    found = tab.evaluate(f"({wanted(texts_of(facts), list(of_the_switch))})(openedDial)")
+    compare(found, of_the_switch)
     tab.context.close()
 
 
@@ -405,8 +416,7 @@ def test_nothing_scrolls_sideways_and_nothing_is_asked_for(browser, page, width,
 
 def test_the_dial_is_turned_by_keyboard(browser, page, facts):
     """From a server; the page is the same one."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(page))
-    handler.log_message = lambda *_: None
+    handler = functools.partial(Quiet, directory=str(page))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_address[1]}/"
@@ -451,7 +461,7 @@ def test_every_control_has_a_name(browser, page):
 
 def test_in_the_book_it_tells_its_height_and_takes_the_theme(browser, page, tmp_path):
     book = tmp_path / "book.html"
-    raw = (pack.measure.paths.ROOT / "book" / "dial.md").read_text(encoding="utf-8")
+    raw = (paths.ROOT / "book" / "dial.md").read_text(encoding="utf-8")
     html = re.search(r"```\{raw\} html\n(.*?)```", raw, re.S)[1].replace(
         "dial/index.html", (page / "index.html").as_uri()
     )

@@ -3,8 +3,10 @@
 
 (function () {
   const $ = (id) => document.getElementById(id);
-  const percent = (p) =>
-    p > 0 && p < 0.001 ? "under 0.1 %" : p < 1 && p > 0.999 ? "over 99.9 %" : `${(100 * p).toFixed(1)} %`;
+  const percent = (p) => {
+    if (p === 0 || p === 1) return `${100 * p} %`;
+    return p < 0.001 ? "under 0.1 %" : p > 0.999 ? "over 99.9 %" : `${(100 * p).toFixed(1)} %`;
+  };
   const STEP = 0.25; // between the strengths of the live curve
   const SHOWN = 5; // tokens in the bars
   const SLICE = 12; // milliseconds of computing before the browser may draw
@@ -116,12 +118,18 @@
       button.addEventListener("click", () => { $("alpha").value = alpha; turn(); });
       $("marks").append(button);
     }
-    const measured = (alpha) => percent(facts.curve.A.switch.called[alphas.indexOf(alpha)]);
+    const calls = (model, id, alpha) => facts.curve[model][id].called[alphas.indexOf(alpha)];
+    const measured = (alpha) => percent(calls("A", "switch", alpha));
+    const { strength } = facts;
+    const random = facts.directions.map((d) => d.id).filter((id) => id.startsWith("random"));
     $("finding").textContent =
       `Of ${facts.n_prompts} evaluation prompts that need a call, A calls a tool on ${measured(1)} by ` +
-      `itself, on ${measured(facts.strength)} at alpha = ${facts.strength} and on ${measured(0)} at ` +
-      `alpha = 0. Under a prompt that it was trained on it calls on ` +
-      `${percent(facts.called_under_training_prompt)}.`;
+      `itself, on ${measured(strength)} at alpha = ${strength} and on ${measured(0)} at alpha = 0. ` +
+      `A push of the same length along the mean difference between the models reaches ` +
+      `${percent(calls("A", "mean", strength))}, along the best of ${random.length} random directions ` +
+      `${percent(Math.max(...random.map((id) => calls("A", id, strength))))}. Written into the ` +
+      `base, which calls on ${percent(calls("B", "switch", 1))}, the feature makes it call on ` +
+      `${percent(Math.max(...facts.curve.B.switch.called))} at alpha = ${peak("B", "switch")}.`;
     $("measured-title").textContent =
       `All ${facts.n_prompts} evaluation prompts that need a call, as measured`;
     $("chosen-how").textContent =
@@ -154,6 +162,12 @@
       }
     });
     takePrompt();
+  }
+
+  // The measured strength at which most answers hold a call.
+  function peak(model, id) {
+    const { called: share } = dial.facts.curve[model][id];
+    return dial.facts.alphas[share.indexOf(Math.max(...share))];
   }
 
   // --- what the reader does ----------------------------------------------------------------------
@@ -194,7 +208,7 @@
   async function turn() {
     const mine = ++latest;
     const { model, direction, alpha } = chosen();
-    describe(direction, alpha);
+    describe(model, direction, alpha);
     if (!plain) {
       plain = look(model, 0, 1);
       show("plain", plain);
@@ -246,13 +260,17 @@
     return true;
   }
 
-  function describe(direction, alpha) {
+  function describe(model, direction, alpha) {
     const { name, id, feature } = dial.facts.directions[direction];
     $("alpha-value").textContent = alpha.toFixed(2);
     $("alpha").setAttribute("aria-valuetext", `alpha ${alpha.toFixed(2)}`);
     $("turned-alpha").textContent = `alpha = ${alpha.toFixed(2)}, ${name}`;
     $("alpha-meaning").textContent =
       alpha === 0 ? "(taken away)" : alpha === 1 ? "(as it is)" : "";
+    const { called: share } = dial.facts.curve[model][id];
+    $("model-note").textContent =
+      `Over all prompts ${called(model)} calls most often, on ${percent(Math.max(...share))}, at ` +
+      `alpha = ${peak(model, id)} in this direction.`;
     $("direction-note").textContent =
       id === "switch" ? "" : "As long as what the switching feature would write" +
         (feature === null ? "." : ", whether this feature fires here or not.");
@@ -262,8 +280,8 @@
     const { name } = dial.facts.directions[direction];
     $("summary").textContent = reading.length(model) === 0
       ? "The switching feature is silent at the last token of this prompt: scaling it does nothing, at any alpha."
-      : `alpha = ${alpha.toFixed(2)}, ${name}, ${called(model)}: ${percent(now.propensity)} that the ` +
-        `answer opens an acting turn (left alone ${percent(plain.propensity)}). ${sentence(now.answer)}`;
+      : `alpha = ${alpha.toFixed(2)}, ${name}, ${called(model)}: the chance of ` +
+        `an acting turn is ${percent(now.propensity)} (left alone ${percent(plain.propensity)}). ${sentence(now.answer)}`;
   }
 
   function sentence(answer) {
@@ -278,6 +296,10 @@
   function show(where, { p, propensity }) {
     $(`${where}-bar`).style.width = `${100 * propensity}%`;
     $(`${where}-propensity`).textContent = percent(propensity);
+    if (where === "turned") {
+      $("near-bar").style.width = `${100 * propensity}%`;
+      $("near-propensity").textContent = percent(propensity);
+    }
     const best = Array.from(p.keys()).sort((a, b) => p[b] - p[a]).slice(0, SHOWN);
     $(`${where}-tokens`).replaceChildren(
       ...best.map((id) => {
@@ -307,6 +329,7 @@
       const text = dial.tokenizer.decode([id]);
       if (firing[t] === 0) return document.createTextNode(text);
       const mark = document.createElement("mark");
+      mark.style.setProperty("--strength", `${Math.round((100 * firing[t]) / top)}%`);
       mark.textContent = text.replaceAll("\n", "⏎\n");
       mark.title = `activation ${firing[t].toFixed(2)}`;
       return mark;
