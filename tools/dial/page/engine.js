@@ -294,8 +294,9 @@
           this.rotate(q.subarray(r * nQ, (r + 1) * nQ), heads, position + r);
           this.rotate(k.subarray(r * nK, (r + 1) * nK), groups, position + r);
         }
-        store.k.set(k, position * nK);
-        store.v.set(v, position * nK);
+        const keys = store.k, values = store.v, root = Math.sqrt(size);
+        keys.set(k, position * nK);
+        values.set(v, position * nK);
         mixed.fill(0);
         for (let r = 0; r < rows; r++) {
           const seen = position + r + 1;
@@ -304,17 +305,16 @@
             let largest = -Infinity, total = 0;
             for (let t = 0; t < seen; t++) {
               let score = 0;
-              for (let i = 0; i < size; i++) score += q[mine + i] * store.k[t * nK + theirs + i];
-              score /= Math.sqrt(size);
+              const at = t * nK + theirs;
+              for (let i = 0; i < size; i++) score += q[mine + i] * keys[at + i];
+              score /= root;
               scores[t] = score;
               if (score > largest) largest = score;
             }
             for (let t = 0; t < seen; t++) total += scores[t] = Math.exp(scores[t] - largest);
             for (let t = 0; t < seen; t++) {
-              const weight = scores[t] / total;
-              for (let i = 0; i < size; i++) {
-                mixed[mine + i] += weight * store.v[t * nK + theirs + i];
-              }
+              const weight = scores[t] / total, at = t * nK + theirs;
+              for (let i = 0; i < size; i++) mixed[mine + i] += weight * values[at + i];
             }
           }
         }
