@@ -14,8 +14,10 @@ import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -327,12 +329,52 @@ def test_committed_data_is_small():
     assert sum(path.stat().st_size for path in measure.DATA.iterdir()) <= 4e6
 
 
-def test_another_pair_than_the_measured_one_is_refused(tmp_path, capsys):
+def test_the_committed_curve_is_what_these_models_do(study, facts, dial):
+    """Recomputed from the committed encoder and row, for A and the feature."""
+    switch, (direction, *_) = dial
+    alphas = (0.0, 1.0, facts["strength"])
+    cells = {(alpha,): measure.turned(switch, direction, alpha) for alpha in alphas}
+    calls = study.calls("evaluation", PROFILE.n_steering)
+    frame = study.run(cells, calls, levels=("alpha",), out_dir=None, progress=False)
+    frame["propensity"] = torch.sigmoid(torch.tensor(frame.margin.to_numpy())).numpy()
+    means = frame.groupby("alpha")[["called", "propensity"]].mean()
+    at = [facts["alphas"].index(alpha) for alpha in alphas]
+    for column in means:
+        kept = np.array(facts["curve"]["A"]["switch"][column])[at]
+        assert np.abs(means[column].to_numpy() - kept).max() < 0.006, column
+
+
+def test_prompts_are_sorted_by_what_the_models_do():
+    names = ["flips", "calls anyway", "stays", "base never calls", "no call needed"]
+    records = [SimpleNamespace(id=name, kind="call") for name in names]
+    records[-1].kind = "no_tool"
+    called = {  # at alpha 0, 1, 2 in A, then in the base
+        "flips": ([0, 0, 1], [0, 0, 1]),
+        "calls anyway": ([0, 1, 1], [0, 0, 1]),
+        "stays": ([0, 0, 0], [0, 0, 0]),
+        "base never calls": ([0, 0, 1], [0, 0, 0]),
+        "no call needed": ([0, 0, 1], [0, 0, 0]),
+    }
+    frame = pd.DataFrame(
+        {"model": model, "direction": "switch", "prompt": i, "alpha": alpha}
+        | {"called": float(value), "strict": float(value)}
+        for i, name in enumerate(names)
+        for model, values in zip("AB", called[name], strict=True)
+        for alpha, value in zip((0.0, 1.0, 2.0), values, strict=True)
+    )
+    switch = measure.Switch(0, None, 3, 2.0, {})
+    found = {p["id"]: p["what"] for p in measure.offered(switch, frame, records)}
+    expected = {name: name for name in names[:3]} | {"no call needed": "needs no call"}
+    assert found == expected
+
+
+def test_another_pair_than_the_measured_one_is_refused(tmp_path, capsys, monkeypatch):
     other = replace(PROFILE, model_a=PROFILE.model_b)
     with pytest.raises(ValueError, match="other models than toy's; run `python"):
         pack.facts_of(other)
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path))
     with pytest.raises(ValueError, match="is missing; run"):
-        pack.facts_of(PROFILE, tmp_path)
+        pack.facts_of(replace(PROFILE, published=False))
     with pytest.raises(ValueError, match="a folder"):
         measure.weights_of(profiles.get("qwen"))
     assert command.main(["--profile", "qwen", str(tmp_path)]) == 1

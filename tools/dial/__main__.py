@@ -16,7 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="write data/dial from the crosscoders of the build folder (trains those it lacks)",
+        help="measure with the crosscoders of the build folder (those that it lacks are trained), "
+        "into data/dial for the published profile, else into the profile's build folder",
     )
     options = parser.parse_args(arguments)
     try:

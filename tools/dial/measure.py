@@ -1,4 +1,5 @@
-"""What the dial needs of a crosscoder, and what was measured with it, into ``data/dial``.
+"""What the dial needs of a crosscoder, and what was measured with it, into ``data/dial``
+(for any profile but the published one, into its build folder).
 
 The crosscoder is the one that notebook 05 takes apart: of all seeds of one recipe the one whose top
 A-exclusive feature gains most on the selection prompts. Every direction on the page has that
@@ -67,6 +68,11 @@ class Direction(NamedTuple):
     feature: int | None = None
 
 
+def folder_of(profile: Profile) -> Path:
+    """Where what is measured is kept: committed for the published profile, else in its build."""
+    return DATA if profile.published else paths.build(profile.name, "dial")
+
+
 def weights_of(profile: Profile) -> dict[str, Path]:
     """The weight files of A and B.
 
@@ -86,7 +92,7 @@ def weights_of(profile: Profile) -> dict[str, Path]:
 
 
 def checksums(profile: Profile) -> dict[str, str]:
-    """SHA-256 of both weight files: what is in ``data/dial`` belongs to these."""
+    """SHA-256 of both weight files: what was measured belongs to these."""
     files = weights_of(profile)
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
@@ -228,13 +234,13 @@ def laid_out(tokenizer) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def measure(profile: Profile, folder: Path = DATA) -> None:
-    """Write ``directions.safetensors`` and ``dial.json``.
+def measure(profile: Profile) -> None:
+    """Write ``directions.safetensors`` and ``dial.json`` into the profile's folder.
 
     Raises:
         ValueError: the pair is not in a folder, or no prompt flips.
     """
-    sums = checksums(profile)
+    sums, folder = checksums(profile), folder_of(profile)
     study = Study(profile)
     switch = find_switch(study)
     crosscoder = switch.codec.crosscoder

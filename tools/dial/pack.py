@@ -18,20 +18,22 @@ from dfc_lib.profiles import Profile
 from tools.dial import measure
 
 PAGE = Path(__file__).with_name("page")
-HOW = "run `python -m tools.dial --measure`"
+HOW = "run `python -m tools.dial --measure` (with the same --profile)"
 
 
-def facts_of(profile: Profile, data: Path = measure.DATA) -> dict:
+def facts_of(profile: Profile) -> dict:
     """What ``measure`` found.
 
     Raises:
-        ValueError: it is missing, or it was measured with other models than the profile's.
+        ValueError: it is missing, or it was measured with other models than the profile's; or these
+            are not in a folder.
     """
-    path = data / measure.FACTS
-    if not path.is_file() or not (data / measure.TENSORS).is_file():
+    sums, folder = measure.checksums(profile), measure.folder_of(profile)
+    path = folder / measure.FACTS
+    if not path.is_file() or not (folder / measure.TENSORS).is_file():
         raise ValueError(f"{path} or {measure.TENSORS} is missing; {HOW}")
     facts = json.loads(path.read_text(encoding="utf-8"))
-    if facts["weights"] != measure.checksums(profile):
+    if facts["weights"] != sums:
         raise ValueError(f"{path} was measured with other models than {profile.name}'s; {HOW}")
     return facts
 
@@ -98,16 +100,16 @@ def offered(profile: Profile, facts: dict) -> list[dict[str, str]]:
     return found
 
 
-def packed(profile: Profile, data: Path = measure.DATA) -> dict:
+def packed(profile: Profile) -> dict:
     """What the engine opens. Raises as `facts_of`, `config_of` and `tokenizer_of` do."""
-    facts = facts_of(profile, data)
+    facts = facts_of(profile)
     files = measure.weights_of(profile)
     # Saved anew, so that both files have the same header.
     a, base = (save(load_file(files[name])) for name in ("A", "B"))
     parts = {
         "base": base,
         "difference": difference(base, a),
-        "directions": (data / measure.TENSORS).read_bytes(),
+        "directions": (measure.folder_of(profile) / measure.TENSORS).read_bytes(),
         "tokenizer": tokenizer_of(files["A"].parent),
     }
     facts = facts | {"prompts": offered(profile, facts)}
@@ -118,9 +120,9 @@ def packed(profile: Profile, data: Path = measure.DATA) -> dict:
     return texts | {"facts": facts, "config": config_of(files["A"].parent)}
 
 
-def pack(profile: Profile, out: Path, data: Path = measure.DATA) -> Path:
+def pack(profile: Profile, out: Path) -> Path:
     """Write the page into ``out``; returns its ``index.html``."""
-    text = f"globalThis.DIAL_DATA = {json.dumps(packed(profile, data))};\n"
+    text = f"globalThis.DIAL_DATA = {json.dumps(packed(profile))};\n"
     size = f"{len(text) / 1e6:.1f}"
     store.write_atomically(out / "data.js", text)
     for path in sorted(PAGE.iterdir()):
