@@ -29,7 +29,8 @@ def copy(source: Path) -> None:
     generated = shutil.ignore_patterns("build.py", "__pycache__", ".ipynb_checkpoints")
     shutil.copytree(ROOT / "book", source, ignore=generated)
     shutil.copytree(ROOT / "notebooks", source / "notebooks", ignore=generated)
-    for page in ("README.md", "CONTRIBUTING.md", "data/pair/README.md"):
+    pages = ("README.md", "CONTRIBUTING.md", "TEACHING.md", "data/pair/README.md")
+    for page in (*pages, "data/pairs/README.md"):
         (source / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, source / page)
     (source / "figures").mkdir()
@@ -76,6 +77,8 @@ def main() -> int:
     source = folder / "source"
     copy(source)
     copy_dashboards(source)
+    dial = [sys.executable, "-m", "tools.dial", (source / "extra" / "dial").resolve()]
+    subprocess.run(dial, cwd=ROOT, check=True)
     shutil.rmtree(folder / "html", ignore_errors=True)
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
     command = [*sphinx, "-d", folder / "doctrees", source, folder / "html"]
