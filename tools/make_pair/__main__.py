@@ -84,7 +84,7 @@ def main() -> None:
                 card.export_prose(work, PAIRS, paths.DATA)
             done(f"pair {seed}: exported and measured")
     if until >= STAGES.index("card"):
-        card.write(PAIRS, [seed for seed in SEEDS if (PAIRS / str(seed) / "sites.csv").exists()])
+        card.write(PAIRS)
         card.write_checksums(PAIRS)
         done("data card")
 

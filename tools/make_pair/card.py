@@ -99,6 +99,11 @@ def measure_pair(pair: Path, data: Path) -> None:
     _write(measure.site_scan(models, data), pair / "sites.csv")
 
 
+def measured(pairs: Path) -> list[int]:
+    """The seeds whose pairs are shipped and measured."""
+    return sorted(int(p.parent.name) for p in pairs.glob("*/sites.csv"))
+
+
 def check(models: dict[str, Path], data: Path) -> pd.DataFrame:
     """Greedy rates on the first prompts of the evaluation split, which a test asks again."""
     records = measure.calls_of(data, "evaluation")[:N_CHECK]
@@ -135,7 +140,7 @@ def _moves(scanned: pd.DataFrame, model: str, style: str, direction: str, outcom
 
 def summary(pairs: Path, seeds: Iterable[int]) -> str:
     """The properties that the recipe was tuned to, for every pair, as a Markdown table."""
-    measured = {
+    by_seed = {
         seed: (
             pd.read_csv(pairs / str(seed) / "behaviour.csv"),
             pd.read_csv(pairs / str(seed) / "sites.csv"),
@@ -194,17 +199,29 @@ def summary(pairs: Path, seeds: Iterable[int]) -> str:
         ),
     }
     lines = [
-        "| property (target) | " + " | ".join(f"pair {seed}" for seed in measured) + " |",
-        "|---|" + "---|" * len(measured),
+        "| property (target) | " + " | ".join(f"pair {seed}" for seed in by_seed) + " |",
+        "|---|" + "---|" * len(by_seed),
     ]
     for label, value in rows.items():
-        lines.append(f"| {label} | " + " | ".join(value(*of) for of in measured.values()) + " |")
+        lines.append(f"| {label} | " + " | ".join(value(*of) for of in by_seed.values()) + " |")
     return "\n".join(lines)
 
 
-def write(pairs: Path, seeds: Iterable[int]) -> None:
+def _of_prose(pair: Path) -> str:
+    if not pair.exists():
+        return "The pair without a template (`prose`) is not made yet."
+    return (
+        "`prose/base` and `prose/rl` are a further pair, whose rewarded behaviour has no fixed "
+        "surface template: naming the right tool in plain prose. `prose/base` is `0/base` after "
+        f"{prose.SFT.steps} steps of SFT on hedges and a few replies that name the tool in one "
+        f"of {len(world.TEXTS['namings'])} wordings, `prose/rl` is that after "
+        f"{_near_step(pair)} steps of GRPO with the name alone as reward."
+    )
+
+
+def write(pairs: Path) -> None:
     """Write the data card, `README.md`, from what `measure_pair` wrote."""
-    seeds = list(seeds)
+    seeds = measured(pairs)
     first = pairs / str(seeds[0])
     config = json.loads((first / "base" / "config.json").read_text())
     parameters = sum(p.numel() for p in load_model(first / "base").parameters())
@@ -224,8 +241,6 @@ def write(pairs: Path, seeds: Iterable[int]) -> None:
         grpo_rate=f"{g.learning_rate:g}",
         size=f"{size:.0f}",
         near=f"{measure.NEAR:.1%}",
-        namings=len(world.TEXTS["namings"]),
-        prose_sft=prose.SFT.steps,
-        prose_rl=_near_step(pairs / "prose"),
+        prose=_of_prose(pairs / "prose"),
     )
     write_atomically(pairs / "README.md", text)
