@@ -225,7 +225,7 @@ def bootstrap(folder, *variables: str, driver: bool = False) -> str:
     python = f"PYTHON={tools / 'fake-python'}"
     path = os.pathsep.join([str(tools), os.environ["PATH"]])
     result = subprocess.run(
-        ["make", "setup", python, *variables],
+        ["make", "--no-print-directory", "setup", python, *variables],
         cwd=folder,
         capture_output=True,
         text=True,

@@ -132,6 +132,8 @@ def _loss_of(model) -> Callable[[torch.Tensor], torch.Tensor]:
             logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten()
         )
 
+    # Compiled code adds up an embedding's gradient in the order in which threads arrive, unless:
+    torch.use_deterministic_algorithms(True)
     return torch.compile(loss) if shutil.which("c++") else loss
 
 
@@ -179,6 +181,7 @@ def pretrain(config: PretrainConfig, tokenizer, directory: Path) -> Path:
                 file.write(json.dumps({"step": step, "loss": round(loss, 4)}) + "\n")
         if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
             _save(state, model, optimizers, step + 1)
+    torch.use_deterministic_algorithms(False)  # see _loss_of; what comes after knows nothing of it
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     return final
