@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dfc_lib.data.pair import SUMS, load_model, sha256
+from dfc_lib.data.pair import SUMS, load_model, load_tokenizer, sha256
 from dfc_lib.results import sites, tables
 from dfc_lib.store import write_atomically
 from tools.make_pair import measure, posttrain, pretrain, prose, world
@@ -29,7 +29,8 @@ def export(work: Path, seed: int, pairs: Path, data: Path) -> None:
     chosen = [f"rl/step_{s:04d}" for s in sorted({step, last, *beside})]
     chosen += [f"sft/step_{s:04d}" for s in (*SFT_STEPS, posttrain.SftConfig().save_at[-1])]
     shutil.rmtree(target, ignore_errors=True)
-    _ship(source, ["base", *chosen], target)
+    for name in ("base", *chosen):
+        _save(source / name, target / name)
     for run in ("rl", "sft"):
         shutil.copy(source / run / "log.jsonl", target / f"{run}_log.jsonl")
     shutil.copy(source / "pretrain.jsonl", target / "pretrain_log.jsonl")
@@ -52,14 +53,7 @@ def export_prose(work: Path, pairs: Path, data: Path) -> None:
     _write(measure.prose_behaviour(models, data), target / "behaviour.csv")
 
 
-def _ship(source: Path, names: Iterable[str], target: Path) -> None:
-    for name in names:
-        _save(source / name, target / name)
-
-
 def _save(source: Path, target: Path) -> None:
-    from dfc_lib.data.pair import load_tokenizer
-
     target.parent.mkdir(parents=True, exist_ok=True)
     posttrain.save_bf16(load_model(source), load_tokenizer(source), target)
 
