@@ -3,10 +3,8 @@
 import importlib
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
@@ -21,7 +19,6 @@ from dfc_lib import paths, profiles
 from dfc_lib.results import figures
 
 WIDTHS = (1280, 400)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # What makes a browser ask for something without being told to; a link does not.
 LOADING = {
     "script": "src",
@@ -245,18 +242,6 @@ def test_the_landing_page_takes_its_numbers_from_the_tables(pages):
     row = switch[(switch.prompts == "A, call needed") & (switch["clamped to"] == "2.0")]
     rate = f"{100 * row.called.item():.1f}".removesuffix(".0")
     assert f"need one to {rate} %" in plain(pages["index.html"].article.p.get_text())
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator:
-    """Debian's Chromium; nothing is downloaded."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium; `apt-get install chromium` for the tests of the pages' width")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 def test_no_page_scrolls_sideways_or_leaves_its_folder(book, pages, browser):

@@ -78,19 +78,6 @@ def in_node(page: Path, cases: str, folder: Path):
     return json.loads(ran.stdout)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium."""
-    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-    if path is None:
-        pytest.skip("no chromium here; Debian has it as a package: apt-get install chromium")
-    with api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 # ---------------------------------------------------------------------------------------------
 # the same numbers as PyTorch's
 
