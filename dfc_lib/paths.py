@@ -3,7 +3,7 @@
 =============  =============================================================================
 ``ROOT``       the compendium: this checkout (``DFC_ROOT`` overrides, for an installed copy)
 ``NOTEBOOKS``  the numbered notebooks, committed as executed at the published profile
-``DATA``       what is committed as input; ``PAIR`` is the embedded model pair in it
+``DATA``       what is committed as input; ``PAIR`` is the notebooks' model pair in it
 ``FIGURES``    PNG + PDF + CSV of every figure and ``manifest.json``, committed
 ``BUILD``      generated intermediates, one folder per profile; safe to delete (see ``build_root``)
 ``DOWNLOADS``  models and data sets of the hub that were downloaded by hand; not committed
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(os.environ.get("DFC_ROOT") or Path(__file__).parents[1]).resolve()
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
-PAIR = DATA / "pair"
+PAIR = DATA / "pairs" / "0"
 FIGURES = ROOT / "figures"
 BUILD = ROOT / "build"
 DOWNLOADS = ROOT / "downloads"
@@ -54,6 +54,12 @@ def build(profile_name: str, *parts: str) -> Path:
     if not writable:
         raise _unwritable(folder, "no write permission")
     return folder.joinpath(*parts)
+
+
+def activations(profile_name: str, setting: str = "threshold") -> Path:
+    """The folder of the activation caches of a setting; that of ``threshold`` holds the others'."""
+    folder = build(profile_name, "activations")
+    return folder if setting == "threshold" else folder / setting
 
 
 def _unwritable(folder: Path, why: str) -> BuildFolderError:

@@ -64,6 +64,11 @@ class Profile:
         return {"base": self.model_b, **dict(self.others), "A": self.model_a}
 
     @property
+    def final(self) -> str:
+        """The model with which RL ended: ``RL`` of :attr:`others`; model A where it has none."""
+        return dict(self.others).get("RL", self.model_a)
+
+    @property
     def side_by_side(self) -> int:
         """How many small jobs, such as trainings, run at a time: one for each core they leave."""
         beside = self.device == "cpu" and self.threads

@@ -13,7 +13,7 @@ made from, so asking twice costs nothing and a killed run goes on.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +44,18 @@ class Study:
         sources: the models of :attr:`pair` by name; default: the profile's A and B. Another pair of
             the same family is another study: ``Study(profile, {"A": ..., "B": ...}, layer=2)``.
         layer: the site; default: the profile's.
+        style: the prompt style in which records are asked; default: the fixed prompt, which RL
+            never saw.
+        setting: which of the settings of 01's site scan this is, see :meth:`at`.
+        position: where that setting's patches move both models: ``last`` prompt token or ``every``.
     """
 
     profile: Profile
     sources: Mapping[str, str | Path] | None = None
     layer: int | None = None
+    style: str | None = None
+    setting: str = "threshold"
+    position: str = "last"
 
     @classmethod
     def open(cls, profile: str) -> "Study":
@@ -58,6 +65,29 @@ class Study:
             ValueError: there is no such profile (the message lists them).
         """
         return cls(profiles.load(profile))
+
+    def at(self, setting: str) -> "Study":
+        """The same study in a setting that 01 chose by its site scan and wrote to `01_settings`.
+
+        ``threshold``: the profile's A under the fixed prompt. ``final``: the model with which RL
+        ended, under a prompt of its training. Caches, crosscoders and prompts are the setting's.
+
+        Raises:
+            FileNotFoundError: 01 has not run at this profile (the message says how).
+            ValueError: there is no such setting (the message lists them).
+        """
+        from dfc_lib.results import figures, tables
+
+        row = tables.only(figures.load_data("01_settings", self.profile), setting=setting)
+        p = self.profile
+        return replace(
+            self,
+            sources={"A": p.location(row.model), "B": p.location(p.model_b)},
+            layer=int(row.layer),
+            style=row.prompt,
+            setting=setting,
+            position=row.position,
+        )
 
     # -- what there is
 
@@ -102,24 +132,24 @@ class Study:
         return corpora.neutral(self.profile, split)[:n]
 
     def ids(self, records: "Sequence[Record]", style: str | None = None) -> list[list[int]]:
-        """Prompts as token ids in a style (default: the fixed prompt, which RL never saw)."""
+        """Prompts as token ids in a style (default: the study's)."""
         from dfc_lib.data import prompts
 
-        tokenizer, style = self.pair.tokenizer, style or prompts.FIXED_STYLE
+        tokenizer, style = self.pair.tokenizer, style or self.style or prompts.FIXED_STYLE
         return prompts.encode(tokenizer, [prompts.chat_text(tokenizer, r, style) for r in records])
 
     def cache(self, name: str) -> "Activations":
         """A cache of the pair's activations, by name: ``train_all``, ``train_last``, ..."""
         from dfc_lib.data.activations import Activations
 
-        return Activations.open(self.build / "activations" / name)
+        return Activations.open(paths.activations(self.profile.name, self.setting) / name)
 
     @cached_property
     def recipes(self) -> "dict[str, Recipe]":
         """The recipes of crosscoders that the notebooks share, by name."""
         from dfc_lib.crosscoder import recipes
 
-        return recipes.recipes(self.profile)
+        return recipes.recipes(self.profile, self.setting)
 
     # -- crosscoders
 
@@ -202,4 +232,25 @@ class Study:
             "max_new_tokens": self.profile.max_new_tokens,
             "out_dir": self.build / "generations",
         } | options
+        if self.style:
+            options = {"style": self.style} | options
         return evaluation.intervene(self.pair, target, records, cells, levels=levels, **options)
+
+    def propensity(
+        self,
+        cells: "Mapping[Hashable, Intervention]",
+        records: "Sequence[Record]",
+        target: str = "A",
+        *,
+        levels: Sequence[str] = ("cell",),
+        **options: Any,
+    ) -> "pd.DataFrame":
+        """As :meth:`run`, of the first generated token alone: nothing more is generated, so a
+        control of hundreds of directions costs little.
+
+        Returns:
+            one line per (record, cell): ``prompt``, the levels, ``delta``, ``margin`` and
+            ``propensity``.
+        """
+        frame = self.run(cells, records, target, levels=levels, **options, max_new_tokens=1)
+        return frame[["prompt", *levels, "delta", "margin", "propensity"]]

@@ -76,7 +76,7 @@ def test_levels_are_columns(pair, records):
         pair, "A", some, cells, levels=levels, max_new_tokens=3, progress=False
     )
     rubrics = list(evaluation.score(records[0], ""))
-    assert list(got) == ["prompt", *levels, "delta", "response", "margin", *rubrics]
+    assert list(got) == ["prompt", *levels, "delta", "response", "margin", "propensity", *rubrics]
     assert got.prompt.tolist() == [0] * 6 + [1] * 6
     assert got.cell.tolist() == ["clean", "other", *["added"] * 4] * 2
     assert got[["seed", "alpha"]].isna().all(axis=1).tolist() == [True, True, *[False] * 4] * 2

@@ -44,3 +44,19 @@ def test_a_scan_without_the_model_says_what_it_holds():
     table = sites.changes(scanned([0.0, 0.1], [0.0, -0.1]), n_bootstrap=50)
     with pytest.raises(ValueError, match="RL"):
         sites.layer_of(table, "SFT", "fixed", "last")
+
+
+def test_a_setting_is_patched_at_every_position_where_the_last_token_moves_too_little():
+    """And all settings keep the first one's layer: a crosscoder knows one."""
+    last = scanned([0.0, 0.25, 0.3, 0.4], [0.0, -0.25, -0.3, -0.4])
+    weak = scanned([0.0, 0.05, 0.1, 0.4], [0.0, -0.05, -0.1, -0.4]).assign(style="training")
+    every = scanned([0.3] * 4, [-0.3] * 4).assign(position="every")
+    whole = pd.concat([last, weak, every, every.assign(style="training")])
+    table = sites.changes(whole, n_bootstrap=50)
+    wanted = {"one": ("RL", "fixed"), "two": ("RL", "training")}
+    found = sites.settings(table, wanted).set_index("setting")
+    assert found.position.to_dict() == {"one": "last", "two": "every"}
+    assert found.layer.to_dict() == {"one": 1, "two": 1}
+    assert found.rule.to_dict() == {"one": 1, "two": 2}
+    assert found.up.round(3).to_dict() == {"one": 0.25, "two": 0.3}
+    assert sites.settings(table, wanted, layer=3).layer.tolist() == [3, 3]

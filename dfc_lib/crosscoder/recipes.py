@@ -30,6 +30,7 @@ class Recipe:
         partition: by default a DFC with the profile's exclusive share.
         tie_shared: one decoder row per shared feature for both models.
         exclusive_coef: penalty on the exclusive features.
+        setting: whose activations it learns from; see :meth:`Study.at`.
     """
 
     profile: Profile
@@ -38,6 +39,7 @@ class Recipe:
     partition: Partition | None = None
     tie_shared: bool = False
     exclusive_coef: float = 0.0
+    setting: str = "threshold"
 
     def __post_init__(self):
         if self.protocol not in ("calibrated", "published"):
@@ -49,7 +51,9 @@ class Recipe:
     def activations(self) -> Activations:
         """The cache it learns from."""
         vectors = self.vectors or ("all" if self.protocol == "calibrated" else "last")
-        return Activations.open(paths.build(self.profile.name, "activations", f"train_{vectors}"))
+        return Activations.open(
+            paths.activations(self.profile.name, self.setting) / f"train_{vectors}"
+        )
 
     def config(self, seed: int = 0) -> TrainConfig:
         """The configuration of one run."""
@@ -82,15 +86,15 @@ class Recipe:
         return load_metrics(run_directory(self.config(seed), build, self.activations.key))
 
 
-def recipes(profile: Profile) -> dict[str, Recipe]:
+def recipes(profile: Profile, setting: str = "threshold") -> dict[str, Recipe]:
     """The DFCs that the notebooks compare, by name: what they learn from, and whether the shared
     decoder rows are tied; and the published recipe.
     """
     variants = {
         f"{vectors} {'tied' if tied else 'untied'}": Recipe(
-            profile, vectors=vectors, tie_shared=tied
+            profile, vectors=vectors, tie_shared=tied, setting=setting
         )
         for vectors in ("all", "last")
         for tied in (False, True)
     }
-    return variants | {"published": Recipe(profile, "published")}
+    return variants | {"published": Recipe(profile, "published", setting=setting)}

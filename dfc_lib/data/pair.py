@@ -41,7 +41,7 @@ class PairError(RuntimeError):
 # files
 
 _REMEDY = (
-    "Restore it with `git checkout -- data/pair`, remake it with `make pair`, or download it again."
+    "Restore it with `git checkout -- data/pairs`, remake it with `make pair`, or download it again."
 )
 
 

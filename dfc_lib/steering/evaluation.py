@@ -1,8 +1,9 @@
 """A model's behaviour on prompt records: generate, score every rubric, and read the call margin.
 
 The *margin* is the log-odds of opening an acting turn at the first generated token, log p(opener) -
-log(1 - p(opener)), with the openers `<think>` and `<tool_call>`; greedy decoding acts where it
-exceeds the best other token. It is continuous where the rates are binary.
+log(1 - p(opener)), with the openers `<think>`, `<tool_call>` and, of a call in bare JSON, `{"`. The
+*propensity* is p(opener) itself: the rate at which the model would act when sampled at temperature
+one, without sampling noise. Both are continuous where the rates are binary.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.special import expit
 from torch import Tensor
 
 from dfc_lib.data import prompts, scoring
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from dfc_lib.data.pair import Pair
     from dfc_lib.steering.interventions import Intervention
 
-OPENERS = ("<think>", "<tool_call>")
+OPENERS = ("<think>", "<tool_call>", '{"')
 
 
 def opener_ids(tokenizer) -> list[int]:
@@ -100,7 +102,8 @@ def evaluate(
     system text alone.
 
     Returns:
-        columns id, kind, domain, tool, held_out, response, margin, and those of `score`.
+        columns id, kind, domain, tool, held_out, response, margin, propensity, and those of
+        `score`.
     """
     import pandas as pd
 
@@ -132,6 +135,7 @@ def evaluate(
                 "held_out": record.held_out,
                 "response": response,
                 "margin": m,
+                "propensity": expit(m),
             }
             | score(record, response)
         )
@@ -164,7 +168,7 @@ def intervene(
 
     Returns:
         one line per (record, cell), records outermost: `prompt` (index of the record), `levels`,
-        `delta` (||delta|| / ||h||), `response`, `margin`, and the columns of `score`.
+        `delta` (||delta|| / ||h||), `response`, `margin`, `propensity`, and the columns of `score`.
 
     Raises:
         ValueError: there are no records, a name has more values than there are levels, or a level
@@ -174,7 +178,8 @@ def intervene(
 
     if not records:
         raise ValueError("records is empty; there is nothing to generate")
-    columns = ["prompt", *levels, "delta", "response", "margin", *score(records[0], "")]
+    columns = ["prompt", *levels, "delta", "response", "margin", "propensity"]
+    columns += score(records[0], "")
     if twice := sorted({column for column in columns if columns.count(column) > 1}):
         raise ValueError(f"levels {tuple(levels)}: there would be two columns {', '.join(twice)}")
     named = {name: name if isinstance(name, tuple) else (name,) for name in interventions}
@@ -203,7 +208,7 @@ def intervene(
         rows.append(
             {"prompt": row.prompt}
             | dict(zip_longest(levels, named[row.cell]))
-            | {"delta": row.delta, "response": response, "margin": m}
+            | {"delta": row.delta, "response": response, "margin": m, "propensity": expit(m)}
             | score(records[row.prompt], response)
         )
     return pd.DataFrame(rows)

@@ -125,11 +125,13 @@ def _cell(table: pd.DataFrame, model: str, condition: str, metric: str, tools: s
 
 
 def _moves(scanned: pd.DataFrame, model: str, style: str, direction: str, outcome: str) -> str:
-    layer = sites.layer_of(scanned, model, style, "last")
-    at = {"model": model, "style": style, "direction": direction, "layer": layer}
-    row = tables.only(scanned, position="last", outcome=outcome, **at)
+    wanted = {"threshold": ("near", "fixed"), "asked": (model, style)}
+    site = tables.only(sites.settings(scanned, wanted), setting="asked")
+    at = {"model": model, "style": style, "direction": direction, "outcome": outcome}
+    row = tables.only(scanned, layer=site.layer, position=site.position, **at)
     points = [f"{100 * value:+.0f}" for value in (row.change, row.low, row.high)]
-    return f"{points[0]} [{points[1]}, {points[2]}] (layer {layer})"
+    where = f"layer {site.layer}, {site.position}"
+    return f"{points[0]} [{points[1]}, {points[2]}] ({where})"
 
 
 def summary(pairs: Path, seeds: Iterable[int]) -> str:

@@ -3,10 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float
-from scipy.special import expit
 from tqdm.auto import tqdm
 
 from dfc_lib.data import prompts
@@ -14,9 +11,8 @@ from dfc_lib.data.pair import load_model, load_tokenizer
 from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import names_tool
 from dfc_lib.results import sites, statistics
-from dfc_lib.steering import evaluation, sampling, scan
+from dfc_lib.steering import evaluation, scan
 
-OPENERS = ("<think>", "<tool_call>", '{"')
 NEAR = 0.325  # greedy call rate under the fixed prompt that "near threshold" should have
 
 # Prompt conditions: name -> (style, prefill, temperature)
@@ -41,35 +37,16 @@ def calls_of(data: Path, split: str) -> list[Record]:
     return [r for r in records_of(data, split) if r.kind == "call" and not r.held_out]
 
 
-def openers(tokenizer) -> list[int]:
-    """The tokens that open an acting turn, a bare JSON object included."""
-    return sorted(tokenizer(o, add_special_tokens=False)["input_ids"][0] for o in OPENERS)
-
-
 def answers(folder: Path, records: Sequence[Record], condition: str) -> pd.DataFrame:
-    """What a model answers under a prompt condition: `evaluation.evaluate`, with `propensity`, the
-    probability of an opener at the first generated token, and `bare`, an answer without tags.
+    """What a model answers under a prompt condition: `evaluation.evaluate`, with `bare`, an answer
+    without tags.
     """
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     style, prefill, temperature = CONDITIONS[condition]
     frame = evaluation.evaluate(
         model, tokenizer, records, style, prefill=prefill, temperature=temperature
     )
-    return frame.assign(
-        propensity=propensities(model, tokenizer, records, style, prefill),
-        bare=frame.response.str.startswith("{").astype(float),
-    )
-
-
-def propensities(
-    model, tokenizer, records: Sequence[Record], style: str, prefill: str = ""
-) -> Float[np.ndarray, " record"]:
-    """The probability of opening an acting turn, in bare JSON too, at the first generated token."""
-    texts = [prompts.chat_text(tokenizer, record, style, prefill) for record in records]
-    ends = evaluation.end_tokens(model, tokenizer)
-    ids = prompts.encode(tokenizer, texts)
-    _, logits = sampling.sample(model, ids, eos=ends, max_new_tokens=1)
-    return expit(evaluation.margin(logits, openers(tokenizer)).numpy())
+    return frame.assign(bare=frame.response.str.startswith("{").astype(float))
 
 
 def near_threshold(
@@ -166,7 +143,7 @@ def _by_domain(name: str, condition: str, frame: pd.DataFrame) -> list[dict]:
 
 
 def site_scan(pair: Mapping[str, Path], data: Path) -> pd.DataFrame:
-    """What patching the last prompt token changes, layer by layer: `dfc_lib.steering.scan`."""
+    """What patching changes, layer by layer, at the last prompt token and at every position."""
     tokenizer = load_tokenizer(pair["base"])
     scanned = scan.scan(
         {name: load_model(folder) for name, folder in pair.items() if name != "base"},
@@ -174,7 +151,6 @@ def site_scan(pair: Mapping[str, Path], data: Path) -> pd.DataFrame:
         tokenizer,
         calls_of(data, "selection"),
         styles={"fixed": prompts.FIXED_STYLE, "training": prompts.TRAINING_STYLES[0]},
-        openers=openers(tokenizer),
-        positions=("last",),
+        openers=evaluation.opener_ids(tokenizer),
     )
     return sites.changes(scanned)
