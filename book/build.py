@@ -29,7 +29,7 @@ def copy(source: Path) -> None:
     generated = shutil.ignore_patterns("build.py", "__pycache__", ".ipynb_checkpoints")
     shutil.copytree(ROOT / "book", source, ignore=generated)
     shutil.copytree(ROOT / "notebooks", source / "notebooks", ignore=generated)
-    pages = ("README.md", "CONTRIBUTING.md", "TEACHING.md", "data/pair/README.md")
+    pages = ("README.md", "CONTRIBUTING.md", "TEACHING.md", "data/pairs/README.md")
     for page in (*pages, "data/pairs/README.md"):
         (source / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, source / page)

@@ -37,7 +37,7 @@ def word_tokenizer(vocab=64):
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
-    """A folder like data/pair: two models in bf16, a tokenizer, SHA256SUMS over all."""
+    """A folder like data/pairs: two models in bf16, a tokenizer, SHA256SUMS over all."""
     folder = tmp_path_factory.mktemp("shipped") / "pair"
     for name, seed in {"model_a": 0, "base": 1}.items():
         qwen(seed).to(torch.bfloat16).save_pretrained(folder / name)

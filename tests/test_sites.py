@@ -13,7 +13,7 @@ def scanned(up, down, clean=(0.1, 0.5)):
         for layer, move in enumerate(moves):
             for prompt in range(2):
                 at = {"model": "RL", "style": "fixed", "direction": direction, "layer": layer}
-                at |= {"position": "last", "prompt": prompt, "clean_lenient": 0, "lenient": 0}
+                at |= {"position": "last", "prompt": prompt, "clean_acts": 0, "acts": 0}
                 rows.append(at | {"clean_propensity": start, "propensity": start + move})
     return pd.DataFrame(rows)
 

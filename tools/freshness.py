@@ -4,7 +4,7 @@ A notebook declares in its metadata what cannot be read off its code::
 
     "dfc": {"minutes": 4,  about how long it runs
             "needs": ["01_cache_activations"],  notebooks that run before it
-            "inputs": ["data/pair"],            files or folders of the compendium that it reads
+            "inputs": ["data/pairs/0"],         files or folders of the compendium that it reads
             "outputs": ["activations"],         what it leaves in build/<profile>/ for later ones
             "fetch": "dfc_lib.data.x"}          module whose fetch() downloads what it reads
 

@@ -23,7 +23,7 @@ def changes(scanned: "pd.DataFrame", seed: int = 0, n_bootstrap: int = 2_000) ->
     levels = ["model", "style", "direction", "layer", "position"]
     rows = []
     for name, part in scanned.groupby(levels, sort=False):
-        for outcome in ("propensity", "lenient"):
+        for outcome in ("propensity", "acts"):
             before, after = part[f"clean_{outcome}"], part[outcome]
             d = statistics.paired_difference(before, after, seed=seed, n_bootstrap=n_bootstrap)
             row = dict(zip(levels, name, strict=True)) | {"outcome": outcome}

@@ -7,98 +7,136 @@ at that site, and its positive control.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
+from jaxtyping import Float, Int
+from scipy.special import expit
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from dfc_lib.data import prompts
-from dfc_lib.data.pair import Pair, depth
+from dfc_lib.data.pair import depth
 from dfc_lib.data.prompts import Record
-from dfc_lib.data.scoring import lenient
-from dfc_lib.steering import generation
-from dfc_lib.steering.evaluation import end_tokens
-from dfc_lib.steering.interventions import Clean, Intervention, OtherModel
+from dfc_lib.steering.evaluation import margin, opener_ids
+from dfc_lib.steering.prefix import Stream, longest_first, padded, shared_prefix_attention
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DIRECTIONS = {"A->B": "B", "B->A": "A"}  # whose residual replaces whose -> the model acted on
+Position = Literal["last", "every"]
 
 
+@torch.no_grad()
 def scan(
     tuned: Mapping[str, Any],
     base: Any,
     tokenizer: Any,
     records: Sequence[Record],
     *,
-    styles: Mapping[str, str],
-    openers: Sequence[int],
-    positions: Sequence[generation.Position] = ("last", "every"),
+    styles: Sequence[str],
+    positions: Sequence[Position] = ("last", "every"),
     layers: Sequence[int] | None = None,
-    max_new_tokens: int = 80,
-    batch_size: int = 512,
-    out_dir: str | Path | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
 ) -> "pd.DataFrame":
     """Patch every tuned model and the base with each other, layer by layer.
+
+    Each model reads each prompt once and keeps its residuals after every layer; a patch redoes the
+    blocks above its layer. Nothing is generated.
 
     Args:
         tuned: models by name, each of which is an A beside the base.
         records: prompts whose gold is a call.
-        styles: prompt styles by the name that they get in the result.
-        openers: token ids that open an acting turn.
+        styles: prompt styles.
         layers: blocks counted from 0; default: all.
-        out_dir: as in ``generation.generate``.
+        batch_size: prompts read at once.
 
     Returns:
         one line per (model, style, direction, layer, position, prompt): ``propensity``, the
-        probability of an opener at the first generated token, and ``lenient``, whether the greedy
-        answer calls a listed tool; and both of the same model left alone, ``clean_propensity`` and
-        ``clean_lenient``.
+        probability of an opener at the first generated token, and ``acts``, whether the likeliest
+        token there is one; and both of the same model left alone, ``clean_propensity`` and
+        ``clean_acts``.
     """
     import pandas as pd
 
     layers = range(depth(base)) if layers is None else layers
+    openers = opener_ids(tokenizer)
     parts = []
+    ids = {
+        style: prompts.encode(tokenizer, [prompts.chat_text(tokenizer, r, style) for r in records])
+        for style in styles
+    }
+    total = len(styles) * len(records) * len(tuned)
+    with (
+        shared_prefix_attention([base, *tuned.values()]),
+        tqdm(total=total, desc="site scan", disable=not progress) as bar,
+    ):
+        for style in styles:
+            order = longest_first(base, ids[style])
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                tokens = [ids[style][i] for i in chunk]
+                of_base = _residuals(base, tokens)
+                for name, model in tuned.items():
+                    of_tuned = _residuals(model, tokens)
+                    lengths = torch.tensor([len(prompt) for prompt in tokens])
+                    ways = {"A->B": (base, of_base, of_tuned), "B->A": (model, of_tuned, of_base)}
+                    for direction, (target, own, other) in ways.items():
+                        where = {"model": name, "style": style, "direction": direction}
+                        clean = _outcomes(target, own[-1], depth(target) - 1, lengths, openers)
+                        clean = clean.add_prefix("clean_").assign(prompt=chunk)
+                        for layer in layers:
+                            for position in positions:
+                                h = _patched(own[layer], other[layer], lengths, position)
+                                found = _outcomes(target, h, layer, lengths, openers).join(clean)
+                                at = where | {"layer": layer, "position": position}
+                                parts.append(found.assign(**at))
+                    bar.update(len(chunk))
+    levels = ["model", "style", "direction", "layer", "position", "prompt"]
+    return pd.concat(parts, ignore_index=True).sort_values(levels, ignore_index=True)
 
-    def ask(pair: Pair, target: str, style: str, cell: Intervention, position: str) -> pd.DataFrame:
-        texts = [prompts.chat_text(tokenizer, record, style) for record in records]
-        made = generation.generate(
-            pair,
-            target,
-            prompts.encode(tokenizer, texts),
-            {"cell": cell},
-            position=position,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            eos=end_tokens(pair.models[target], tokenizer),
-            readout=openers,
-            out_dir=out_dir,
-            progress=False,
-        )
-        called = [
-            lenient(tokenizer.decode(tokens), record.tool_names).tool_correctness
-            for tokens, record in zip(made.tokens, records, strict=True)
-        ]
-        propensity = np.exp(np.stack(made.first_logprobs)).sum(1)
-        return pd.DataFrame(
-            {"prompt": made.prompt, "propensity": propensity, "lenient": np.array(called)}
-        )
 
-    with torch.no_grad():
-        for name, model in tuned.items():
-            for style_name, style in styles.items():
-                for direction, target in DIRECTIONS.items():
-                    models = {"A": model, "B": base}
-                    alone = ask(Pair(models, tokenizer, 0), target, style, Clean(), "last")
-                    alone = alone.drop(columns="prompt").add_prefix("clean_")
-                    for layer in layers:
-                        pair = Pair(models, tokenizer, layer)
-                        for position in positions:
-                            patch = OtherModel(1 - pair.index(target))
-                            found = ask(pair, target, style, patch, position).join(alone)
-                            where = {"model": name, "style": style_name, "direction": direction}
-                            where |= {"layer": layer, "position": position}
-                            parts.append(found.assign(**where))
-    return pd.concat(parts, ignore_index=True)
+def _residuals(
+    model: Any, tokens: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "prompt token d_model"]]:
+    """A model's residuals after every layer; behind a prompt's end they mean nothing."""
+    stream = Stream(model)
+    ids, at, _ = padded(tokens, stream.device)
+    hidden, out = stream.embed(ids), []
+    for layer in stream.lower:
+        hidden = stream.blocks(range(layer, layer + 1), hidden, at, None)
+        out.append(hidden)
+    return out
+
+
+def _patched(
+    own: Float[Tensor, "prompt token d_model"],
+    other: Float[Tensor, "prompt token d_model"],
+    lengths: Int[Tensor, " prompt"],
+    position: Position,
+) -> Float[Tensor, "prompt token d_model"]:
+    if position == "every":
+        return other.to(own)
+    patched, last = own.clone(), (torch.arange(len(own)), lengths - 1)
+    patched[last] = other[last].to(own)
+    return patched
+
+
+def _outcomes(
+    model: Any,
+    hidden: Float[Tensor, "prompt token d_model"],
+    layer: int,
+    lengths: Int[Tensor, " prompt"],
+    openers: Sequence[int],
+) -> "pd.DataFrame":
+    """What a model does that goes on from these residuals after ``layer``."""
+    import pandas as pd
+
+    stream = Stream(model, layer)
+    at = torch.arange(hidden.shape[1], device=stream.device).expand(hidden.shape[:2])
+    hidden = stream.blocks(stream.upper, hidden.to(stream.device, stream.dtype), at, None)
+    logits = stream.logits(hidden[torch.arange(len(hidden)), lengths - 1]).cpu()
+    acts = torch.isin(logits.argmax(-1), torch.tensor(list(openers)))
+    propensity = expit(margin(logits, openers).numpy())
+    return pd.DataFrame({"propensity": propensity, "acts": acts.double().numpy()})

@@ -125,7 +125,7 @@ def _cell(table: pd.DataFrame, model: str, condition: str, metric: str, tools: s
 
 
 def _moves(scanned: pd.DataFrame, model: str, style: str, direction: str, outcome: str) -> str:
-    wanted = {"threshold": ("near", "fixed"), "asked": (model, style)}
+    wanted = {"first": measure.SITE, "asked": (model, style)}
     site = tables.only(sites.settings(scanned, wanted), setting="asked")
     at = {"model": model, "style": style, "direction": direction, "outcome": outcome}
     row = tables.only(scanned, layer=site.layer, position=site.position, **at)

@@ -7,11 +7,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from dfc_lib.data import prompts
-from dfc_lib.data.pair import load_model, load_tokenizer
+from dfc_lib.data.pair import Pair, load_model, load_tokenizer
 from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import names_tool
-from dfc_lib.results import sites, statistics
+from dfc_lib.results import sites, statistics, tables
 from dfc_lib.steering import evaluation, scan
+from dfc_lib.steering.interventions import Clean, OtherModel
 
 NEAR = 0.325  # greedy call rate under the fixed prompt that "near threshold" should have
 
@@ -24,6 +25,8 @@ CONDITIONS = {
     "eliciting": (prompts.ELICITING_STYLE, "", 0.0),
     "prefilled": (prompts.FIXED_STYLE, "<think>\n", 0.0),
 }
+STYLES = {prompts.FIXED_STYLE: "fixed", prompts.TRAINING_STYLES[0]: "training"}
+SITE = ("near", "fixed")  # where the layer is chosen that all patches of the card are made at
 RUBRICS = ("called", "lenient", "strict", "strict_normalised")
 
 
@@ -143,14 +146,35 @@ def _by_domain(name: str, condition: str, frame: pd.DataFrame) -> list[dict]:
 
 
 def site_scan(pair: Mapping[str, Path], data: Path) -> pd.DataFrame:
-    """What patching changes, layer by layer, at the last prompt token and at every position."""
-    tokenizer = load_tokenizer(pair["base"])
-    scanned = scan.scan(
-        {name: load_model(folder) for name, folder in pair.items() if name != "base"},
-        load_model(pair["base"]),
-        tokenizer,
-        calls_of(data, "selection"),
-        styles={"fixed": prompts.FIXED_STYLE, "training": prompts.TRAINING_STYLES[0]},
-        openers=evaluation.opener_ids(tokenizer),
-    )
-    return sites.changes(scanned)
+    """What patching changes, layer by layer, at the last prompt token and at every position; and
+    greedy calls (``lenient``) at the site that the rule gives for each model and style.
+    """
+    tokenizer, records = load_tokenizer(pair["base"]), calls_of(data, "selection")
+    models = {name: load_model(folder) for name, folder in pair.items()}
+    base = models.pop("base")
+    scanned = scan.scan(models, base, tokenizer, records, styles=list(STYLES))
+    table = sites.changes(scanned.replace({"style": STYLES}))
+    asked = {(model, style): (model, style) for model in models for style in STYLES.values()}
+    chosen = sites.settings(table, {SITE: SITE} | asked)
+    greedy = [
+        _greedy_at(site, Pair({"A": models[site.model], "B": base}, tokenizer, site.layer), records)
+        for site in chosen.drop_duplicates("setting").itertuples()
+    ]
+    return pd.concat([table, *greedy], ignore_index=True)
+
+
+def _greedy_at(site, pair: Pair, records: Sequence[Record]) -> pd.DataFrame:
+    """Greedy calls of both models with each other's residual, as lines of ``sites.changes``."""
+    style = next(style for style, name in STYLES.items() if name == site.prompt)
+    rows = []
+    for target, direction in (("B", "A->B"), ("A", "B->A")):
+        cells = {"clean": Clean(), "patched": OtherModel(1 - pair.index(target))}
+        how = {"style": style, "position": site.position, "progress": False}
+        frame = evaluation.intervene(pair, target, records, cells, **how)
+        change = tables.only(tables.paired_table(frame, "cell", n_bootstrap=2_000), cell="patched")
+        row = {"model": site.model, "style": site.prompt, "direction": direction}
+        row |= {"layer": site.layer, "position": site.position, "outcome": "lenient"}
+        row |= {"clean": change["mean"] - change.gain, "patched": change["mean"]}
+        row |= {"change": change.gain, "low": change.low, "high": change.high}
+        rows.append(row | {"n": change.n})
+    return pd.DataFrame(rows)
