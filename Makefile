@@ -4,7 +4,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup figures smoke rehearse test regress pair sweep audit book slides status clean environment
+.PHONY: help setup figures smoke rehearse test regress pair sweep audit book slides status clean environment crosscoder
 
 PROFILE ?= toy
 NB ?=
@@ -54,7 +54,7 @@ say_cpu_build = if [ "$$(uname -s)" = Linux ] && [ -z '$(TORCH_INDEX)' ] \
 	fi
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PROFILE=smoke    for figures and status: smoke (minutes), toy (default), qwen (GPU)"
 	@echo "  NB=05            only notebook 05 and what it needs"
@@ -89,6 +89,9 @@ regress: environment ## every notebook at toy through nbval, its rounded results
 pair: environment ## remake the embedded pairs of models from nothing (resumes; SEED=1: one of them)
 	@DFC_ARITHMETIC=native $(python) -m tools.make_pair $(seed) --until rl
 	@$(python) -m tools.make_pair $(seed)
+
+crosscoder: environment ## remake data/crosscoder, which the quickstart shows (after notebook 01)
+	@$(python) -m tools.ship
 
 sweep: environment ## the 48 crosscoders of notebook 08 (resumes; RAY=1: on a Ray cluster)
 	@$(python) -m tools.sweep --profile '$(PROFILE)' $(if $(RAY),--ray)

@@ -26,6 +26,8 @@ TEST_MARKS = re.compile(r"# (NBVAL_CHECK_OUTPUT|REGRESS)\n")
 AT_LEAST = 0.1  # the gain, its interval included, from which the landing page counts a feature
 # A link in what a cell printed; those in the text of a notebook are Sphinx's.
 NOTEBOOK_LINK = re.compile(r"(\]\(\w+)\.ipynb\)")
+# A page of the book as a notebook links it on GitHub; in the book it lies a folder higher.
+BOOK_LINK = re.compile(r"\]\(\.\./book/")
 MAX_DESCRIPTION = 200  # characters; what is shown of a link is cut off at about that many
 
 
@@ -101,6 +103,7 @@ def prepare_notebook(app: Sphinx, docname: str, source: list[str]) -> None:
     for number, cell in enumerate(notebook["cells"]):
         cells.append(cell)
         if cell["cell_type"] != "code":
+            cell["source"] = BOOK_LINK.sub("](../", "".join(cell["source"]))
             continue
         cell["source"] = TEST_MARKS.sub("", "".join(cell["source"]), count=1)
         if row := figure_of_cell(cell, manifest, f"{docname}, cell {number}"):
@@ -117,6 +120,14 @@ def prepare_notebook(app: Sphinx, docname: str, source: list[str]) -> None:
         link = f"\n\n[Open in Colab]({address}/blob/main/{docname}.ipynb)"
         cells[0]["source"] = "".join(cells[0]["source"]) + link
     source[0] = json.dumps(notebook)
+
+
+def lift_links(app: Sphinx, docname: str, source: list[str]) -> None:
+    """In the book, pages of ``book/`` lie at the top, beside the README; on GitHub they do not."""
+    if docname == "concepts":
+        source[0] = source[0].replace("](../", "](")
+    elif docname == "README":
+        source[0] = source[0].replace("](book/", "](")
 
 
 def percent(rate: float) -> str:
@@ -260,5 +271,6 @@ def setup(app: Sphinx) -> dict:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
     app.connect("source-read", prepare_notebook)
     app.connect("source-read", fill_landing_page)
+    app.connect("source-read", lift_links)
     app.connect("html-page-context", describe)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -84,8 +84,9 @@ def test_every_image_has_the_alt_text_of_its_figure(book, pages, manifest):
     assert len(seen) >= len(alts)
     for page, image in seen:
         name = Path(image["src"]).name
-        assert name in alts or page == "README.html", f"{page} shows {name}, which is no figure"
-        if page != "README.html":
+        drawn = page == "concepts.html" and name == "partition.svg"  # by book/partition.py
+        assert name in alts or page == "README.html" or drawn, f"{page} shows {name}, no figure"
+        if page != "README.html" and not drawn:
             assert plain(image["alt"]) == plain(alts[name]), page
         assert len(image["alt"].split()) >= 4, page
         assert (book / page).parent.joinpath(unquote(image["src"])).is_file()

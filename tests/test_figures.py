@@ -215,6 +215,20 @@ def test_a_notebook_cannot_save_under_anothers_number(monkeypatch):
         figures.save_table("03_t", frame(), "Caption.", profile=SMOKE)
 
 
+def test_the_notebook_without_a_number_has_figures_of_its_own(place, monkeypatch):
+    """The quickstart comes before 00; its id must not be taken for a number cut off."""
+    (paths.NOTEBOOKS / "quickstart.ipynb").write_text("{}")
+    (paths.NOTEBOOKS / "quickstart_my_copy.ipynb").write_text("{}")
+    monkeypatch.setenv("DFC_NOTEBOOK", "quickstart")
+    figures.save_table("quickstart_dial", frame(), "Caption.", profile=SMOKE)
+    assert figures.saved(SMOKE) == {"quickstart_dial": "quickstart"}
+    (place / "quickstart_dial.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="make figures NB=quickstart PROFILE=smoke"):
+        figures.load_data("quickstart_dial", SMOKE)
+    with pytest.raises(ValueError, match="should start with quickstart_"):
+        figures.save_table("05_t", frame(), "Caption.", profile=SMOKE)
+
+
 def test_a_picture_over_one_megabyte_is_refused(place):
     """A repository of large pictures cannot be cloned by a class."""
     noise = np.random.default_rng(0).random((1200, 1200))

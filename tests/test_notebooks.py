@@ -39,7 +39,8 @@ def test_it_is_executed_and_small(notebook):
 
 def test_it_opens_as_the_others_do(notebook):
     opening = notebook["cells"][0]["source"]
-    assert opening.startswith(f"# {notebook['name'][:2]} · ")
+    label = figures.label(notebook["name"]).capitalize()
+    assert opening.startswith(f"# {label} · ")
     for row in ("Before", "Needs", "Writes", "Takes"):
         assert f"| {row} |" in opening
     parameters = [c for c in code(notebook) if "parameters" in c["metadata"].get("tags", [])]
@@ -49,8 +50,8 @@ def test_it_opens_as_the_others_do(notebook):
 def test_it_says_which_figures_it_writes(notebook):
     """The opening table and the manifest agree."""
     line = next(x for x in prose(notebook).splitlines() if x.startswith("| Writes |"))
-    number = notebook["name"][:2]
-    said = set(re.findall(rf"`(?:figures/)?({number}_\w+)`", line))
+    label = figures.label(notebook["name"])
+    said = set(re.findall(rf"`(?:figures/)?({label}_\w+)`", line))
     manifest = figures.read_manifest(figures.folder(profiles.get("toy")))
     assert said == {row["id"] for row in manifest if row["notebook"] == notebook["name"]}
 
@@ -65,6 +66,14 @@ def test_every_exercise_has_a_folded_solution_that_asserts(notebook):
         assert cell["metadata"]["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
 
 
+def test_every_solution_passes_its_own_check(notebook):
+    """A check that refuses the solution sends a reader astray."""
+    for cell in code(notebook):
+        if cell["source"].startswith("# Solution") and "\ncheck." in cell["source"]:
+            said = "".join("".join(o.get("text", "")) for o in cell["outputs"])
+            assert "Right." in said.splitlines(), cell["source"]
+
+
 def test_its_links_lead_somewhere(notebook):
     shown = [
         o.get("data", {}).get("text/markdown", "") for c in code(notebook) for o in c["outputs"]
@@ -77,6 +86,7 @@ def test_its_links_lead_somewhere(notebook):
 
 def test_the_readme_lists_all_and_its_links_lead_somewhere():
     readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `(\d\d_\w+)`", readme, flags=re.MULTILINE) == NAMES
+    listed = re.findall(r"^\| `(\d\d_\w+|quickstart)`", readme, flags=re.MULTILINE)
+    assert listed == ["quickstart", *(name for name in NAMES if name != "quickstart")]
     targets = re.findall(r"\]\(([^)#\s]+)", readme)
     assert [t for t in targets if "://" not in t and not (paths.ROOT / t).exists()] == []

@@ -741,6 +741,18 @@ def test_a_check_that_takes_too_long_is_ended(ran, command):
     assert "not done after 4 s" in command(ran, "check", *limits, status=1)
 
 
+def test_the_quickstart_comes_first_and_a_readers_own_notebooks_do_not_run(tmp_path):
+    """A copy made to play with must not end up among the results."""
+    root = make_compendium(tmp_path)
+    write_notebook(root, "quickstart", ["1 + 1"])
+    write_notebook(root, "quickstart_my_copy", ["1 / 0"])
+    write_notebook(root, "scratch", ["1 / 0"])
+    names = list(freshness.load_notebooks(root))
+    assert names[:2] == ["quickstart", "00_first"]
+    assert not {"quickstart_my_copy", "scratch"} & set(names)
+    assert freshness.select(freshness.load_notebooks(root), ["quickstart"]) == ["quickstart"]
+
+
 def test_no_notebooks_is_an_error(tmp_path):
     """A check of nothing would pass."""
     with pytest.raises(CompendiumError, match="no numbered notebooks"):

@@ -41,7 +41,7 @@ class CompendiumError(Exception):
 
 @dataclass(frozen=True)
 class Notebook:
-    """One numbered notebook as it was on disk when it was read."""
+    """One notebook as it was on disk when it was read."""
 
     path: Path
     content: dict
@@ -111,14 +111,16 @@ class Notebook:
 
 
 def load_notebooks(root: Path) -> dict[str, Notebook]:
-    """The numbered notebooks of ``root/notebooks``, each after those it needs, else by number.
+    """The notebooks of ``root/notebooks``, each after those it needs: the quickstart, then the
+    numbered ones by number. Other files there, such as a reader's own copies, are left alone.
 
     Raises:
         CompendiumError: there is none, or a file is no notebook, a need names none, or needs run
             in a circle.
     """
     found: dict[str, Notebook] = {}
-    for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
+    place = root / "notebooks"
+    for path in [*place.glob("quickstart.ipynb"), *sorted(place.glob("[0-9]*.ipynb"))]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["nbformat"] != 4 or not isinstance(content["cells"], list):
@@ -131,7 +133,7 @@ def load_notebooks(root: Path) -> dict[str, Notebook]:
             ) from error
         found[path.stem] = Notebook(path, content)
     if not found:
-        raise CompendiumError(f"no numbered notebooks in {root / 'notebooks'}")
+        raise CompendiumError(f"no numbered notebooks in {place}")
     needs = {name: set(notebook.declared("needs")) for name, notebook in found.items()}
     for name in found:
         for need in needs[name] - set(found):

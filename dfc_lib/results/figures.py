@@ -76,7 +76,8 @@ def save_figure(
 
     Args:
         fig: the figure; it is left open, so the notebook shows it too.
-        id: ``<number of the notebook>_<name>`` in lower case, for example ``05_saturation``.
+        id: ``<number of the notebook>_<name>`` in lower case, for example ``05_saturation``; of
+            the notebook without a number, ``quickstart_<name>``.
         data: tidy data (one observation per row), everything that the figure shows. NaN is allowed.
         caption: what is seen, with n, the seeds and how the intervals were made.
         alt: the figure in words, for those who do not see it.
@@ -166,12 +167,12 @@ def load_data(id: str, profile: Profile) -> "pd.DataFrame":
         if hashlib.sha256(content).hexdigest() != row["data_sha256"]:
             raise ValueError(
                 f"{path} is not what {row['notebook']} wrote (its sha256 differs from "
-                f"manifest.json); remake it: {remedy(id[:2], profile)}"
+                f"manifest.json); remake it: {remedy(label(id), profile)}"
             )
         # Only NaN means missing: a text such as "None" or "null" is a value here.
         return pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=["NaN"])
     raise FileNotFoundError(
-        f"no data for {id} in {_places(profile)[0]}; make it: {remedy(id[:2], profile)}"
+        f"no data for {id} in {_places(profile)[0]}; make it: {remedy(label(id), profile)}"
     )
 
 
@@ -180,6 +181,11 @@ def saved(profile: Profile) -> dict[str, str]:
     places = _places(profile, "DFC_STAGING", "DFC_FIGURES")
     rows = [row for place in places for row in read_manifest(place)]
     return {row["id"]: row["notebook"] for row in sorted(rows, key=lambda row: row["id"])}
+
+
+def label(name: str) -> str:
+    """What a notebook and its figures are called by: its number, or ``quickstart``."""
+    return name.partition("_")[0]
 
 
 def remedy(numbers: str, profile: Profile) -> str:
@@ -242,7 +248,7 @@ def _places(profile: Profile, *overrides: str) -> list[Path]:
 def _csv(id: str, data: "pd.DataFrame") -> bytes:
     import pandas as pd
 
-    if not re.fullmatch(r"\d\d_[a-z0-9_]+", id):
+    if not re.fullmatch(r"(\d\d|quickstart)_[a-z0-9_]+", id):
         raise ValueError(
             f"id {id!r} should be the notebook's number and a name, for example 05_saturation"
         )
@@ -265,17 +271,17 @@ def _csv(id: str, data: "pd.DataFrame") -> bytes:
 
 def _notebook(id: str) -> str:
     """The notebook that a figure belongs to: the one being run, else that with the id's number."""
-    number = id[:2]
     running = os.environ.get("DFC_NOTEBOOK")
     if running:
-        if running[:2] != number:
+        if label(running) != label(id):
             raise ValueError(
-                f"id {id!r} is saved by notebook {running}; it should start with {running[:2]}_"
+                f"id {id!r} is saved by notebook {running}; it should start with {label(running)}_"
             )
         return running
-    found = sorted(path.stem for path in paths.NOTEBOOKS.glob(f"{number}_*.ipynb"))
+    stems = (path.stem for path in paths.NOTEBOOKS.glob(f"{label(id)}*.ipynb"))
+    found = sorted(stem for stem in stems if label(stem) == label(id))
     if len(found) != 1:
         raise ValueError(
-            f"id {id!r}: there are {len(found)} notebooks called {number}_* in {paths.NOTEBOOKS}"
+            f"id {id!r}: there are {len(found)} notebooks called {label(id)}_* in {paths.NOTEBOOKS}"
         )
     return found[0]

@@ -1,9 +1,10 @@
 """What the dial needs of a crosscoder, and what was measured with it, into ``data/dial``
 (for any profile but the published one, into its build folder).
 
-The crosscoder is the one that notebook 05 takes apart: of all seeds of one recipe the one whose top
-A-exclusive feature gains most on the selection prompts. Every direction on the page has that
-feature's length, so a turn of the dial is, for a direction of unit vector u::
+The crosscoder and the feature are those that are shipped, by the rule that notebook 02 shows: of
+all seeds of one recipe, the feature whose ablation lowers A's propensity most on the selection
+prompts. Every direction on the page has that feature's length, so a turn of the dial is,
+for a direction of unit vector u::
 
     h + (alpha - 1) f s ||W_dec|| u
 
@@ -27,7 +28,7 @@ from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data import prompts
 from dfc_lib.data.prompts import Record
 from dfc_lib.profiles import Profile
-from dfc_lib.reading import ranking
+from dfc_lib.reading import ranking, switches
 from dfc_lib.steering import evaluation
 from dfc_lib.steering.interventions import (
     Clean,
@@ -41,7 +42,6 @@ from dfc_lib.study import Study
 
 DATA = paths.DATA / "dial"
 TENSORS, FACTS = "directions.safetensors", "dial.json"
-RECIPE = "last tied"
 CHOICES = (1.5, 2.0, 3.0, 4.0, 8.0)  # the strengths among which notebook 05 chooses
 ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # of the measured curve
 N_RANDOM = 5
@@ -114,37 +114,46 @@ def orders(study: Study, crosscoder: Crosscoder) -> dict[str, list[int]]:
 
 
 def find_switch(study: Study) -> Switch:
-    """The seed and strength whose top A-exclusive feature gains most on the selection prompts."""
+    """The shipped feature, by its rule, and the strength that gains most on selection prompts.
+
+    Raises:
+        ValueError: no feature that writes to A is live on tool prompts.
+    """
     profile = study.profile
-    found = study.crosscoders([RECIPE], range(profile.many_seeds))
-    codecs = {seed: Codec(crosscoder) for (_, seed), crosscoder in found.items()}
-    ordered = {seed: orders(study, codec.crosscoder) for seed, codec in codecs.items()}
-    tops = {seed: order["A_exclusive"][0] for seed, order in ordered.items()}
-    cells = {
-        (seed, alpha): Steer(codec, (tops[seed],), alpha)
-        for seed, codec in codecs.items()
-        for alpha in CHOICES
-    }
+    found = study.crosscoders([switches.RECIPE], range(profile.many_seeds))
+    crosscoders = {seed: crosscoder for (_, seed), crosscoder in found.items()}
+    table = switches.ablations(study, crosscoders)
+    if table.empty:
+        raise ValueError("no feature that writes to A is live on tool prompts: nothing to turn")
+    seed, feature = int(table.seed.iloc[0]), int(table.feature.iloc[0])
+    codec = Codec(crosscoders[seed])
+    cells = {(alpha,): Steer(codec, (feature,), alpha) for alpha in CHOICES}
     choose_on = study.calls("selection", profile.n_steering // 2)
-    frame = study.run(cells, choose_on, levels=("seed", "alpha"), out_dir=None)
-    seed, alpha = frame.groupby(["seed", "alpha"]).lenient.mean().idxmax()
-    return Switch(int(seed), codecs[seed], tops[seed], float(alpha), ordered[seed])
+    frame = study.run(cells, choose_on, levels=("alpha",), out_dir=None)
+    strength = float(frame.groupby("alpha").lenient.mean().idxmax())
+    return Switch(seed, codec, feature, strength, orders(study, crosscoders[seed]))
 
 
 def directions(study: Study, switch: Switch) -> list[Direction]:
-    """The feature first, then others of its crosscoder, the mean difference, random ones."""
+    """The feature first, then others of its crosscoder, the mean difference, random ones.
+
+    Of a block the other that tells tool prompts from prose best, though it may never fire.
+    """
     crosscoder = switch.codec.crosscoder
 
-    def of_feature(id: str, name: str, block: str, place: int) -> Direction:
-        feature = switch.orders[block][place]
-        row = crosscoder.W_dec[feature, int(block == "B_exclusive")].detach()
+    def of_feature(id: str, name: str, feature: int, model: int = 0) -> Direction:
+        row = crosscoder.W_dec[feature, model].detach()
         return Direction(id, f"{name} (feature {feature})", row / row.norm(), feature)
 
+    tops = {
+        block: next(feature for feature in order if feature != switch.feature)
+        for block, order in switch.orders.items()
+    }
     found = [
-        of_feature("switch", "the switching feature", "A_exclusive", 0),
-        of_feature("second", "the next of A's own features", "A_exclusive", 1),
-        of_feature("shared", "the top shared feature", "shared", 0),
-        of_feature("base", "the top of the base's own features", "B_exclusive", 0),
+        of_feature("switch", "the switching feature", switch.feature),
+        of_feature("own", "the top of A's own features", tops["A_exclusive"]),
+        of_feature("shared", "the top shared feature", tops["shared"]),
+        of_feature("base", "the top of the base's own features", tops["B_exclusive"], model=1),
     ]
     seen = study.cache("ranking_last")
     mean_a, mean_b = seen.gather(seen.where(source="tool")).mean(0)
@@ -246,9 +255,10 @@ def measure(profile: Profile) -> None:
     crosscoder = switch.codec.crosscoder
     if crosscoder.cfg.batchtopk:
         raise ValueError(
-            f"recipe {RECIPE!r} selects over batches; the dial's page knows TopK alone"
+            f"recipe {switches.RECIPE!r} selects over batches; the dial's page knows TopK alone"
         )
-    print(f"{RECIPE}, seed {switch.seed}: feature {switch.feature}, alpha = {switch.strength:g}")
+    where = f"{switches.RECIPE}, seed {switch.seed}, feature {switch.feature}"
+    print(f"{where}: alpha = {switch.strength:g}")
     dial = directions(study, switch)
     calls = study.calls("evaluation", profile.n_steering)
     frame = measure_curve(study, switch, dial, calls)
@@ -265,11 +275,12 @@ def measure(profile: Profile) -> None:
         "profile": profile.name,
         "weights": sums,
         "layer": profile.layer,
-        "recipe": RECIPE,
+        "recipe": switches.RECIPE,
         "seed": switch.seed,
         "k": crosscoder.cfg.k,
         "partition": crosscoder.cfg.partition,
         "feature": switch.feature,
+        "block": next(b for b, order in switch.orders.items() if switch.feature in order),
         "strength": switch.strength,
         "directions": [{"id": d.id, "name": d.name, "feature": d.feature} for d in dial],
         "template": laid_out(tokenizer),

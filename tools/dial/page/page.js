@@ -133,9 +133,9 @@
     $("measured-title").textContent =
       `All ${facts.n_prompts} evaluation prompts that need a call, as measured`;
     $("chosen-how").textContent =
-      `The feature is the top one of A's own block by how well it tells tool prompts from prose, in ` +
-      `the seed (of the recipe "${facts.recipe}") and at the strength that gained most on other ` +
-      `prompts. The page opens on the first evaluation prompt that flips: A and the base, left ` +
+      `The feature, of the block "${facts.block}", is the one whose removal makes A act least on ` +
+      `other prompts, of all seeds of the recipe "${facts.recipe}"; the strength gained most there. ` +
+      `The page opens on the first evaluation prompt that flips: A and the base, left ` +
       `alone, call nothing, the feature makes A's call right in every argument, and at some ` +
       `strength makes the base call, too.`;
 
