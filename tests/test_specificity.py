@@ -52,9 +52,12 @@ def test_plant_adds_what_was_asked_for():
     assert torch.equal(copy, specificity.plant(base, 2.0, 4, 0.1, seed=3))
 
 
-def test_closest_goes_by_ratio_and_leaves_out_the_base():
-    assert specificity.closest({0: 0.0, 8: 0.5, 16: 1.9}, to=1.0) == 16
-    assert specificity.closest({0: 0.0, 8: 0.6, 16: 1.9}, to=1.0) == 8
+def test_a_bracket_is_of_the_nearest_on_both_sides():
+    moved = {"8": 1.0, "16": 3.0, "32": 2.0, "64": 4.0}
+    assert specificity.bracket(moved, 2.75) == ("32", "16", 0.75)
+    assert specificity.bracket(moved, 3.0)[2] * 3.0 == 0.0  # the same one on both sides
+    assert specificity.bracket(moved, 0.5) == ("8", "8", 0.0)
+    assert specificity.bracket(moved, 9.0) == ("64", "64", 0.0)
 
 
 def test_replications_are_the_numbered_folders_with_both_runs(tmp_path):

@@ -3,13 +3,12 @@
 The study's crosscoder has no top-k: a ReLU, and an L1 penalty in which an activation counts its
 decoder norms, so that a norm that one model does not need costs something. Here are that loss in
 the units of :mod:`dfc_lib.crosscoder.losses`, the pairs of models on which it is repeated, the
-checkpoints of two runs that have moved equally far, and features planted to see whether it finds
-them.
+checkpoints of one run around the displacement of another, and features planted to see whether it
+finds them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,17 @@ def weighted_l1(
     return TrainConfig(partition, shared_coef=scaled, variant="exclusive_only", **options)
 
 
-def closest(moved: Mapping[Any, float], to: float) -> Any:
-    """Which one has moved most nearly as far as ``to``, by ratio; those at 0 do not count."""
-    return min((name for name in moved if moved[name] > 0), key=lambda n: abs(log(moved[n] / to)))
+def bracket(moved: Mapping[str, float], to: float) -> tuple[str, str, float]:
+    """The checkpoints between whose displacements ``to`` lies, and the weight of the second one.
+
+    A measure of both, so weighted, is that of a run that has moved exactly as far. Where none has
+    moved less, or none more, the closest one stands for both.
+    """
+    below = max((n for n in moved if moved[n] <= to), key=moved.__getitem__, default=None)
+    above = min((n for n in moved if moved[n] >= to), key=moved.__getitem__, default=below)
+    below = above if below is None else below
+    span = moved[above] - moved[below]
+    return below, above, (to - moved[below]) / span if span else 0.0
 
 
 def plant(
