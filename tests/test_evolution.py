@@ -262,6 +262,7 @@ def test_overlap_and_its_matched_form_agree_where_both_apply():
     a, b = torch.arange(10), torch.arange(6, 16)
     assert evolution.overlap(a, b) == 0.4
     assert evolution.overlap(a, a[:5]) == 1.0
+    assert evolution.overlap(a, a[:0]) == 0.0
     turned = rows * 3 + 0.1 * torch.randn(30, 64, generator=generator)  # length does not matter
     assert evolution.matched_overlap(rows[a], turned[b]) == 0.4
     assert evolution.matched_overlap(rows[a], -turned[a]) == 0.0
@@ -358,6 +359,8 @@ def test_answer_codes_average_over_the_tokens_that_decide_the_answer(models):
     found = evolution.answer_codes(crosscoder, pair, "RL", texts, starts)
     h = residual(models["RL"], 1, torch.tensor([texts[0]]))[0, 2:4]  # predict tokens 3 and 4
     torch.testing.assert_close(found[0], evolution.own_code(crosscoder, h, "RL").mean(0))
+    swapped = evolution.answer_codes(crosscoder, pair, "RL", texts, starts, slot="base")
+    torch.testing.assert_close(swapped[0], evolution.own_code(crosscoder, h, "base").mean(0))
     assert found.shape == (2, 20)
 
 
@@ -377,6 +380,24 @@ def test_selection_by_hand():
     assert {name: s.tolist() for name, s in sets.items()} == {"food": [0], "music": [1, 3]}
     assert common.tolist() == []
     assert evolution.select(-gain[0].abs()).tolist() == []
+
+
+def test_half_overlaps_tell_families_that_share_from_families_that_do_not():
+    """Family x has features 0 and 1; y shares them, z has 2 and 3; all with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    own = {"x": [0, 1], "y": [0, 1], "z": [2, 3]}
+    names = [name for name in own for _ in range(20)]
+    gain = 0.01 * torch.rand(60, 6, generator=generator)
+    for row, name in zip(gain, names, strict=True):
+        row[own[name]] += 1
+    rng = np.random.default_rng(0)
+    found = evolution.half_overlaps(gain, names, rng, contrast=(gain, names), resample=True)
+    assert found["within"] == 1
+    assert found["between"] == found["contrast"] == pytest.approx(1 / 3)  # x and y, of six pairs
+    assert found["size"] == 2
+    permuted = evolution.half_overlaps(gain, rng.permutation(names), rng)
+    assert permuted["between"] == pytest.approx(permuted["within"]) == 1
+    assert "contrast" not in permuted
 
 
 def test_matched_sets_are_as_large_disjoint_allowed_and_of_like_activation():

@@ -145,8 +145,8 @@ def top_specific(
 
 
 def overlap(a: Features, b: Features) -> float:
-    """The share of the smaller set that is in the other one too."""
-    return len(set(a.tolist()) & set(b.tolist())) / min(len(a), len(b))
+    """The share of the smaller set that is in the other one too; 0 if one of them is empty."""
+    return len(set(a.tolist()) & set(b.tolist())) / max(1, min(len(a), len(b)))
 
 
 def matched_overlap(
@@ -182,17 +182,19 @@ def answer_codes(
     model: str,
     texts: Sequence[Sequence[int]],
     starts: Sequence[int],
+    slot: str | None = None,
 ) -> Float[Tensor, "text d_dict"]:
     """Per text, the mean of f(m) over the tokens at which the answer is decided.
 
     These are the last token of the prompt and all tokens of the answer but its last. ``model`` is
     a name in the pair and in the crosscoder, ``texts`` token ids of prompt and answer, ``starts``
-    the length of each prompt.
+    the length of each prompt. ``slot``: read the model with another model's encoder (the *swap
+    readout* of arXiv 2609.35210; default: its own).
     """
     rows, device = [], next(pair.models[model].parameters()).device
     for ids, start in zip(texts, starts, strict=True):
         h = activations.residual(pair.models[model], pair.layer, torch.tensor([ids], device=device))
-        rows.append(own_code(crosscoder, h[0, start - 1 : -1].float(), model).mean(0))
+        rows.append(own_code(crosscoder, h[0, start - 1 : -1].float(), slot or model).mean(0))
     return torch.stack(rows)
 
 
@@ -214,6 +216,57 @@ def select_by_family(
     sets = {str(name): select(mean, share) for name, mean in means.items()}
     common = set.intersection(*(set(chosen.tolist()) for chosen in sets.values()))
     return sets, torch.tensor(sorted(common), dtype=torch.int64)
+
+
+def half_overlaps(
+    gain: Float[Tensor, "sample d_dict"],
+    families: Sequence[str],
+    rng: np.random.Generator,
+    share: float = 0.2,
+    contrast: tuple[Float[Tensor, "other d_dict"], Sequence[str]] | None = None,
+    resample: bool = False,
+) -> dict[str, float]:
+    """Overlap of the sets that ``select`` takes on halves of families, from one random split.
+
+    All sets come from half a family's samples, so that the numbers can be compared.
+
+    Args:
+        contrast: other samples and their families, of which each has two or more; their sets are
+            held against those of ``gain``.
+        resample: draw each half's samples anew, with replacement, for a bootstrap. The halves of a
+            family stay disjoint.
+
+    Returns:
+        ``within``, both halves of one family; ``between``, halves of two families; ``contrast``, a
+        half of ``gain`` and a half of another family of the contrast; ``size``, mean features in a
+        set. Means over families, over ordered pairs of families.
+    """
+    first, second = _halves(gain, families, rng, share, resample)
+    within = np.mean([overlap(first[name], second[name]) for name in first])
+    found = {"within": within, "between": _across(first, second)}
+    if contrast is not None:
+        found["contrast"] = _across(first, _halves(*contrast, rng, share, resample)[1])
+    sizes = [len(chosen) for half in (first, second) for chosen in half.values()]
+    return {name: float(value) for name, value in found.items()} | {"size": float(np.mean(sizes))}
+
+
+def _halves(
+    gain: Tensor, families: Sequence[str], rng: np.random.Generator, share: float, resample: bool
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    """The sets of the first and of the second half of each family's samples."""
+    labels, halves = np.asarray(families), ({}, {})
+    for name in np.unique(labels):
+        order = rng.permutation(np.flatnonzero(labels == name))
+        for sets, samples in zip(halves, np.array_split(order, 2), strict=True):
+            drawn = rng.choice(samples, len(samples)) if resample else samples
+            sets[str(name)] = select(gain[drawn].mean(0), share)
+    return halves
+
+
+def _across(first: Mapping[str, Features], second: Mapping[str, Features]) -> float:
+    """Mean overlap of a family's set in ``first`` with another family's in ``second``."""
+    both = [(a, b) for x, a in first.items() for y, b in second.items() if x != y]
+    return float(np.mean([overlap(a, b) for a, b in both]))
 
 
 def chance_intersection(
