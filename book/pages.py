@@ -152,44 +152,40 @@ def findings(figures: Path) -> dict:
             raise ExtensionError(f"{len(frame)} rows have {where}; the landing page reads one")
         return frame.iloc[0]
 
-    def called(prompts: str, value: str) -> str:
-        return percent(only(switch, prompts=prompts, **{"clamped to": value}).called)
+    def called(cell: str) -> str:
+        return percent(only(switch, cell=cell).called)
+
+    def points(id: str) -> str:
+        return f"{100 * only(readings, claim='C4', id=id).effect:+.0f}"
 
     def work(steered: pd.DataFrame) -> int:
         return int((steered.low > AT_LEAST).sum())
 
-    switch, paired, case = table("05_switch"), table("05_paired"), table("05_case")
+    switch, case, blocks = table("05_switch"), table("05_case"), table("05_blocks")
     seeds, prose, public = table("05_seeds"), table("05_prose"), table("13_readings")
-    directions = table("05_random_directions")
-    on = {name: part for name, part in seeds[seeds.alpha > 0].groupby("variant")}
-    steered = prose[prose.what == "steered"]
+    directions, readings = table("05_random_directions"), table("05_readings")
+    on = seeds[seeds.what == "feature"]
+    steered = prose[(prose.what == "steered") & (prose.seed != "A - B")]
     best, held_out = (only(public, id=id) for id in ("C4 best cell", "C4 best cell, held-out half"))
     gain = only(public, id="C1 gain over runs")
     answers = {cell: html.escape(only(case, cell=cell).response) for cell in case.cell}
-    against = {row.against: row for row in paired[paired.what == "one feature"].itertuples()}
-    mean, random = against["mean of A - B"], against["best random direction"]
     return {
         "query": html.escape(case["query"].iloc[0]),
         "answers": answers,
         "at_least": f"{100 * AT_LEAST:.0f}",
-        "n": int(only(switch, prompts="A, call needed", **{"clamped to": "clean"}).n),
-        "clean": called("A, call needed", "clean"),
-        "off": called("A, call needed", "0.0"),
-        "on": called("A, call needed", "2.0"),
-        "base": called("base, call needed", "clean"),
-        "base_on": called("base, call needed", "2.0"),
-        "base_far": called("base, call needed", "4.0"),
-        "feature": percent(mean.rate),
-        "mean": percent(mean.rate_against),
-        "feature_half": percent(random.rate),
-        "random": percent(random.rate_against),
-        "n_half": int(random.n),
-        "n_random": int((~directions.direction.isin(["feature", "ablated"])).sum()),
-        "tied": work(on["last tied"]),
-        "untied": work(on["last untied"]),
-        "seeds": len(on["last tied"]),
+        "n": int(only(switch, cell="clean").n),
+        "clean": called("clean"),
+        "off": called("ablated"),
+        "on": called("feature"),
+        "mean": called("mean A - B"),
+        "random": called("random 1"),
+        "n_random": int(directions.what.isin(["isotropic", "covariance"]).sum()),
+        "base": points("base, threshold"),
+        "base_final": points("base, final"),
+        "tied": work(on[on.variant == "last tied"]),
+        "untied": work(on[on.variant == "last untied"]),
+        "seeds": int((blocks.variant == "last tied").sum()),
         "prose": work(steered),
-        "prose_seeds": len(steered),
         "best": f"{100 * best.effect:.0f}",
         "best_low": f"{100 * best.low:.0f}",
         "best_high": f"{100 * best.high:.0f}",

@@ -178,6 +178,20 @@ def test_patches(h):
     assert torch.equal(apply(iv.OtherModel(A), h, B)[0], h[:, A])
 
 
+def test_a_dose_has_its_length_wherever_something_changes(codec, h):
+    """One that made a silent feature speak would not be that feature's."""
+    of, site = iv.Steer(codec, (0,), 2.0), Site(h, A)
+    change, dosed = of.delta(site), iv.Dose(of, 3.5).delta(site)
+    active = change.norm(dim=1) > 0
+    assert 0 < active.sum() < len(h)
+    close(dosed[active].norm(dim=1), torch.full((int(active.sum()),), 3.5))
+    close(dosed[active] / 3.5, change[active] / change[active].norm(dim=1, keepdim=True))
+    assert not dosed[~active].any()
+    assert iv.Dose(of, 3.5).reads_others
+    assert not iv.Dose(iv.AddVector(torch.ones(D_MODEL)), 3.5).reads_others
+    assert iv.key(iv.Dose(of, 3.5)) != iv.key(iv.Dose(of, 4.0))
+
+
 @pytest.mark.parametrize("draw_with", ["isotropic", "covariance"])
 def test_random_directions_match_the_norm_row_by_row(codec, h, draw_with):
     """A control of another size than the thing controlled proves nothing."""

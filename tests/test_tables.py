@@ -104,3 +104,28 @@ def test_a_rate_has_wilsons_interval_or_the_exact_one():
     assert (wilson["low"], wilson["high"]) == pytest.approx((0.10779, 0.60322), abs=1e-5)
     assert (exact["low"], exact["high"]) == pytest.approx((0.06674, 0.65245), abs=1e-5)
     assert wilson["n"] == exact["n"] == 10
+
+
+def test_an_interval_over_runs_and_prompts_knows_both():
+    """Runs that differ widen it, and so do prompts; with one run it is the prompts' own."""
+    rng = np.random.default_rng(1)
+    runs, prompts = rng.normal(size=(6, 1)), rng.normal(size=(1, 40))
+    width = {}
+    for name, values in (
+        ("runs", runs + 0 * prompts),
+        ("prompts", 0 * runs + prompts),
+        ("both", runs + prompts),
+        ("one run", prompts),
+    ):
+        row = tables.over_runs_and_prompts(values, seed=2, n_bootstrap=4000)
+        assert row["low"] < row["estimate"] < row["high"]
+        assert row["estimate"] == pytest.approx(values.mean())
+        assert row["n"] == len(values)
+        width[name] = row["high"] - row["low"]
+    assert width["both"] > max(width["runs"], width["prompts"])
+    own = statistics.bootstrap_mean(prompts[0], seed=3, n_bootstrap=4000)
+    assert width["one run"] == pytest.approx(own.high - own.low, rel=0.1)
+    expected = 2 * 1.96 * runs.std() / np.sqrt(len(runs))
+    assert width["runs"] == pytest.approx(expected, rel=0.15)
+    with pytest.raises(ValueError, match=r"shape \(40,\)"):
+        tables.over_runs_and_prompts(prompts[0])

@@ -101,6 +101,26 @@ def over_seeds(values: "ArrayLike", confidence: float = 0.95) -> dict[str, float
     return {"estimate": d.mean, "low": d.t_low, "high": d.t_high, "n": d.n}
 
 
+def over_runs_and_prompts(
+    values: "ArrayLike", seed: int = 0, n_bootstrap: int = 10_000, confidence: float = 0.95
+) -> dict[str, float]:
+    """``estimate``, the mean of (runs, prompts), with its percentile bootstrap interval ``low``,
+    ``high`` over both: runs and prompts are resampled independently, for all runs met the same
+    prompts. ``n`` runs; with one run, the interval is over prompts alone.
+
+    Raises:
+        ValueError: ``values`` is not two-dimensional, or empty.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"values has shape {values.shape}; it must be (runs, prompts), not empty")
+    rng = np.random.default_rng(seed)
+    share = [rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape]
+    means = ((share[0] @ values) * share[1]).sum(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return {"estimate": float(values.mean()), "low": low, "high": high, "n": len(values)}
+
+
 def rate_row(outcomes: "ArrayLike", exact: bool = False) -> dict[str, float]:
     """``estimate``, the share of trues, with its interval ``low``, ``high``; ``n`` of them.
 

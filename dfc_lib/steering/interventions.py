@@ -20,6 +20,7 @@ one can be looked at without running a model::
 ``OtherModel``              another model's activation on the same tokens
 ``RandomDirection``         h + ||delta of another intervention|| u
 ``RandomFeatures``          random active features of a block, scaled to ||delta|| of another one
+``Dose``                    the change of another intervention, made equally long on every row
 ==========================  ======================================================================
 
 ``d_i`` is the decoder row in raw units, ``s_m W_dec[i, m]`` with the Normaliser's scale ``s_m``.
@@ -424,6 +425,27 @@ class RandomFeatures(_Coded):
                 "Choose a block of that model, or set rows_of."
             )
         return _to_norm_of(self.like, (f[:, order] * chosen) @ rows, site)
+
+
+@dataclass(frozen=True, eq=False)
+class Dose(Intervention):
+    """The change of ``of`` with its length set to ``length``, in raw units, on every row.
+
+    What differs between two of the same length is the direction alone. A row that ``of`` does not
+    change, where a feature is silent say, stays as it is.
+    """
+
+    of: Intervention
+    length: float
+
+    @property
+    def reads_others(self) -> bool:  # type: ignore[override]
+        return self.of.reads_others
+
+    def delta(self, site: Site) -> Tensor:
+        change = self.of.delta(site)
+        norm = change.norm(dim=-1, keepdim=True)
+        return torch.where(norm > 0, change / norm.clamp_min(1e-30), 0.0) * self.length
 
 
 # ---------------------------------------------------------------------------------------------
