@@ -285,13 +285,6 @@ def test_a_reading_of_no_claim_is_an_error(saved):
         claims.scorecard(saved(found(0.2, 0.1, 0.3, claim="C99")))
 
 
-def test_a_primary_is_named_in_one_place(saved):
-    right = primary("C1", 0.3, 0.25, 0.35, primary=True)
-    assert claims.scorecard(saved(right)).verdict[0] == "holds"
-    with pytest.raises(ValueError, match=r"05_x: C1, better: .* claims\.toml names another"):
-        claims.details(saved(right, replace(right, id="better")))
-
-
 def test_two_notebooks_cannot_use_one_name(saved, tmp_path):
     profile = saved(primary("C1", 0.3, 0.25, 0.35))
     (tmp_path / "06_y.ipynb").write_text("save_readings(")
@@ -317,9 +310,58 @@ def test_the_committed_results_answer_every_claim():
     assert pd.read_csv(COMMITTED / "11_scorecard.csv").verdict.tolist() == card.verdict.tolist()
 
 
+def faults(table):
+    """What no reading may do, as "claim, id: fault": one line per fault of a table of details."""
+
+    def still(*columns):
+        return (table[list(columns)].abs() < 1e-9).all(axis=1)
+
+    judged, named = table.verdict != "untestable", table.control != ""
+    own = table[["effect", "low", "high"]].to_numpy()
+    positive = table[["positive_effect", "positive_low", "positive_high"]].to_numpy()
+    found = {
+        "a verdict on a change of length zero": judged & still("effect", "low", "high"),
+        "a verdict without a positive control": judged & (table.positive_control == ""),
+        "its control differs from it nowhere": (
+            judged & named & still("over", "over_low", "over_high")
+        ),
+        "it is its own control": named
+        & ((table.control == table.id) | (table.control == table.what)),
+        "it is its own positive control": judged & (own == positive).all(axis=1),
+    }
+    return [
+        f"{row.claim}, {row.id}: {fault}"
+        for fault, bad in found.items()
+        for row in table[bad].itertuples()
+    ]
+
+
 @pytest.mark.skipif(not (COMMITTED / "05_readings.csv").exists(), reason="no readings at toy yet")
-def test_no_committed_verdict_stands_on_a_change_of_length_zero():
-    table = figures.load_data("11_claims", profiles.get("toy"))
-    judged = table[table.verdict != "untestable"]
-    assert judged.positive_control.ne("").all()
-    assert not (judged[["effect", "low", "high"]] == 0).all(axis=1).any()
+def test_no_committed_verdict_stands_on_a_cell_beside_itself_or_on_no_change():
+    assert faults(claims.details(profiles.get("toy"))) == []
+
+
+def test_such_verdicts_would_be_found(saved):
+    """Tables as the rule alone would let them pass, one fault each."""
+    good = primary("C1", 0.3, 0.25, 0.35, control=0.1, over_low=0.1, over_high=0.3)
+    at = {"over": 0.0, "over_low": 0.0, "over_high": 0.0}
+    profile = saved(
+        good,
+        replace(good, id="itself", control="itself"),
+        replace(good, id="what", what="one feature", control="one feature"),
+        replace(good, id="beside itself", control_effect=0.3, **at),
+        replace(good, id="positive", **moved(0.3, 0.25, 0.35)),
+    )
+    table = claims.details(profile)
+    assert faults(table) == [
+        "C1, beside itself: its control differs from it nowhere",
+        "C1, itself: it is its own control",
+        "C1, what: it is its own control",
+        "C1, positive: it is its own positive control",
+    ]
+    nothing = {"effect": 0.0, "low": 0.0, "high": 0.0, "positive_control": "", "verdict": "holds"}
+    bad = table[table.id == good.id].assign(**nothing)  # a rule that forgot both
+    assert faults(bad) == [
+        f"C1, {good.id}: a verdict on a change of length zero",
+        f"C1, {good.id}: a verdict without a positive control",
+    ]

@@ -89,6 +89,54 @@ def test_permutation_p_values_of_random_labels_are_not_small_too_often():
     assert 0.3 < np.mean(p) < 0.7
 
 
+SMALL = ("A_exclusive", "B_exclusive")
+
+
+def test_the_neighbours_of_planted_islands_are_their_own_and_planes_part_them():
+    """Islands planted into a blob whose blocks were at chance."""
+    at_chance = geometry.matched_random(blob(), LIKE, seed=1)
+    found = geometry.planted(at_chance, seed=2)
+    assert np.bincount(found.labels).tolist() == list(LIKE.values())
+    assert geometry.purity(found, SMALL, **QUICK)["above"] > 0.9
+    assert geometry.separability(found) > 0.8
+    row = geometry.purity(at_chance, SMALL, **QUICK)
+    assert row["above_null_low"] - 0.05 < row["above"] < row["above_null_high"] + 0.05
+    assert abs(row["above"]) < 0.15
+    assert abs(geometry.separability(at_chance)) < 0.2
+    assert geometry.purity(islands(spread=0.02), SMALL, **QUICK)["above"] == 1
+
+
+def test_purity_counts_neighbours_and_its_chance_is_that_of_permuted_labels():
+    """Four rows on a circle: the block of two holds neighbours, then it does not."""
+    angles = np.array([0.0, 0.1, 1.5, 1.7])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
+    names = ("A_exclusive", "shared")
+
+    def of(*labels):
+        return geometry.purity(geometry.Rows(vectors, np.array(labels), names), SMALL, k=10)
+
+    together, apart = of(0, 0, 1, 1), of(0, 1, 0, 1)
+    assert (together["purity"], together["chance"], together["above"]) == (
+        1,
+        pytest.approx(1 / 3),
+        1,
+    )
+    assert (apart["purity"], apart["above"]) == (0, pytest.approx(-0.5))
+    assert together["above_null"] == pytest.approx(0, abs=0.06)
+    assert np.isnan(of(0, 1, 1, 1)["above"])  # one row has no neighbour of its block
+
+
+def test_an_exclusive_block_that_is_no_island_is_not_made_one_by_its_size():
+    """A tenth of a blob, as live exclusive rows are of a dictionary: chance is near zero."""
+    rows = geometry.matched_random(
+        blob(600, 48), {"A_exclusive": 20, "B_exclusive": 20, "shared": 560}
+    )
+    row = geometry.purity(rows, SMALL, **QUICK)
+    assert row["chance"] == pytest.approx(19 / 599)
+    assert abs(row["above"]) < 0.05
+    assert np.isnan(geometry.separability(blob()))  # one block
+
+
 def test_norm_ratio_blocks_take_the_extremes():
     ratio = np.linspace(0.1, 0.9, 10)
     vectors = np.stack([np.repeat(ratio[:, None], 2, 1), np.repeat(1 - ratio[:, None], 2, 1)], 1)

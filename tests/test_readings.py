@@ -33,13 +33,13 @@ def reading(claim="C1", id="calibrated", **values):
 def test_readings_come_back_as_they_were_saved():
     """An empty control must not come back as NaN, which would be one."""
     first = reading(control="random", control_effect=0.1, over=0.4, over_low=0.3, over_high=0.5)
-    readings.save_readings("05", [first, reading(id="raw", primary=True)], SMOKE)
+    readings.save_readings("05", [first, reading(id="raw", unit="seeds")], SMOKE)
     readings.save_readings("06", [reading("C2", note="n")], SMOKE)
     back = readings.load_readings(SMOKE)
     assert back.notebook.tolist() == ["05_steering", "05_steering", "06_spillover"]
     found = [Reading(**row) for row in back.drop(columns="notebook").to_dict("records")]
     assert found[0].control == "random"
-    assert (found[1].control, found[1].primary, found[2].note) == ("", True, "n")
+    assert (found[1].control, found[1].unit, found[2].note) == ("", "seeds", "n")
     assert isnan(found[1].control_effect)
 
 

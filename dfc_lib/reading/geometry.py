@@ -4,9 +4,11 @@ A feature's vector is its decoder row, all models side by side: ``(d_dict, n_mod
 exclusive row is zero in one half *by construction*, which alone can separate the blocks; so
 everything is also done on one model's half, without the rows that have none there (``half``), and
 on dictionaries that have nothing but the zeros: random rows under the same mask
-(``masked_random``), and a plain crosscoder's rows with random halves blanked (``masked``). Clusters
-are found in the original space and on the UMAP plane, and their agreement with the blocks is
-compared with permuted labels.
+(``masked_random``), and a plain crosscoder's rows with random halves blanked (``masked``). Three
+measures, all 0 at chance and 1 at best: whose block a row's nearest neighbours are of (``purity``),
+whether planes separate the blocks (``separability``), and how clusters agree with them
+(``recovery``), in the original space and on the UMAP plane. ``planted`` gives rows whose blocks lie
+apart, on which a measure must succeed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,6 +106,82 @@ def _unit(rows: Rows) -> Rows:
     norms = np.linalg.norm(rows.vectors, axis=1)
     keep = norms > 0
     return Rows(rows.vectors[keep] / norms[keep, None], rows.labels[keep], rows.names)
+
+
+def planted(rows: Rows, length: float = 1.0, seed: int = 0) -> Rows:
+    """The same vectors and sizes of blocks with islands in them: blocks are dealt anew at random,
+    and each block is moved by ``length`` times a vector's in a random direction of its own.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(rows.labels)
+    directions = rng.standard_normal((len(rows.names), rows.vectors.shape[1]))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return _unit(Rows(rows.vectors + length * directions[labels], labels, rows.names))
+
+
+def purity(
+    rows: Rows,
+    blocks: Sequence[str],
+    k: int = 10,
+    n_permutations: int = 1_000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Whose block the nearest neighbours of a block's rows are of, by cosine.
+
+    The share of a row's ``k`` nearest neighbours (fewer where its block is smaller) in its own
+    block, less that of permuted labels, which is (block - 1) / (all - 1), and divided by one less
+    the same: 0 at chance, 1 where all are. Mean over the rows of a block, then over ``blocks``;
+    asked of small blocks, for the neighbours of a large one are of it wherever they lie.
+
+    Returns:
+        ``purity`` and ``chance``, shares; ``above``, rescaled; of permuted labels ``above_null``
+        (mean), ``above_null_low`` and ``above_null_high`` (2.5 and 97.5 %); all NaN without a block
+        of two rows.
+    """
+    names = ("purity", "chance", "above", "above_null", "above_null_low", "above_null_high")
+    sizes = np.bincount(rows.labels, minlength=len(rows.names))
+    asked = [i for i, name in enumerate(rows.names) if name in blocks and sizes[i] > 1]
+    if not asked:
+        return dict.fromkeys(names, np.nan)
+    cosine = rows.vectors @ rows.vectors.T
+    np.fill_diagonal(cosine, -np.inf)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(k, sizes[asked].max() - 1)]
+    chance = (sizes[asked] - 1) / (len(rows.labels) - 1)
+
+    def shares(labels: np.ndarray) -> np.ndarray:
+        of = [nearest[labels == i, : min(k, sizes[i] - 1)] for i in asked]
+        return np.array([(labels[n] == i).mean() for i, n in zip(asked, of, strict=True)])
+
+    def above(shares: np.ndarray) -> float:
+        return float(((shares - chance) / (1 - chance)).mean())
+
+    rng, own = np.random.default_rng(seed), shares(rows.labels)
+    null = [above(shares(rng.permutation(rows.labels))) for _ in range(n_permutations)]
+    low, high = np.percentile(null, [2.5, 97.5]).tolist()
+    values = (float(own.mean()), float(chance.mean()), above(own), float(np.mean(null)), low, high)
+    return dict(zip(names, values, strict=True))
+
+
+def separability(rows: Rows, folds: int = 5, seed: int = 0) -> float:
+    """How well planes tell the blocks apart on rows that they were not fitted to.
+
+    Balanced accuracy of a ridge classifier in stratified folds, less 1 / blocks, and divided by one
+    less the same: 0 at chance, 1 where all are told. NaN unless two blocks have two rows or more;
+    smaller ones are left out.
+    """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    kept = np.bincount(rows.labels)[rows.labels] > 1
+    vectors, labels = rows.vectors[kept], rows.labels[kept]
+    _, sizes = np.unique(labels, return_counts=True)
+    if len(sizes) < 2:
+        return np.nan
+    split = StratifiedKFold(min(folds, int(sizes.min())), shuffle=True, random_state=seed)
+    model = RidgeClassifier(class_weight="balanced")
+    told = balanced_accuracy_score(labels, cross_val_predict(model, vectors, labels, cv=split))
+    return float((told - 1 / len(sizes)) / (1 - 1 / len(sizes)))
 
 
 def plane(

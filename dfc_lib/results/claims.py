@@ -138,27 +138,23 @@ def details(profile: Profile) -> "pd.DataFrame":
 
     Raises:
         FileNotFoundError: a notebook's readings are missing; the message says how to make them.
-        ValueError: a reading is of a claim that does not exist, has the name of another, or says
-            that it is primary where ``claims.toml`` names another.
+        ValueError: a reading is of a claim that does not exist, or has the name of another.
     """
     import pandas as pd
     from statsmodels.stats.multitest import multipletests
 
     found = readings.load_readings(profile)
-    named = {claim.id: claim.primary for claim in CLAIMS}
-    if unknown := set(found.claim) - set(named):
+    known = [claim.id for claim in CLAIMS]
+    if unknown := set(found.claim) - set(known):
         raise ValueError(
             f"readings of {', '.join(sorted(unknown))}: claims.toml has no such claim; it has "
-            f"{', '.join(named)}"
+            f"{', '.join(known)}"
         )
-    twice = found.duplicated(["claim", "id"])
-    other = found.primary & (found.id != found.claim.map(named))
-    for wrong, why in (
-        (twice, "another notebook has a reading of that name; rename one"),
-        (other, "it says that it is primary, but claims.toml names another; change one of the two"),
-    ):
-        for reading in found[wrong].itertuples():
-            raise ValueError(f"{reading.notebook}: {reading.claim}, {reading.id}: {why}")
+    for reading in found[found.duplicated(["claim", "id"])].itertuples():
+        raise ValueError(
+            f"{reading.notebook}: {reading.claim}, {reading.id}: another notebook has a reading of "
+            "that name; rename one"
+        )
     rows = []
     for claim in CLAIMS:
         mine = found[found.claim == claim.id]

@@ -33,7 +33,6 @@ class Reading:
             the interval is that of both ends, conservatively: ``low`` minus the control's high end
             to ``high`` minus its low end.
         positive_control: what shows that the test could have come out otherwise, and its number.
-        primary: the reading that the claim's verdict stands on.
         note: what a reader should know beside it.
     """
 
@@ -57,7 +56,6 @@ class Reading:
     positive_effect: float = nan
     positive_low: float = nan
     positive_high: float = nan
-    primary: bool = False
     note: str = ""
 
 
