@@ -15,7 +15,7 @@ A's stream at its mean).
 
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from dfc_lib.study import Study
 
 PUBLISHED = {"d_model": 2_048, "k": 90, "steps": 9_000, "batch": 1_024, "vectors": 80_000}
 WIDTHS, KS, SHARES, COEF = (4, 8), (45, 90, 160), (0.03, 0.05, 0.10), 1e-3
+TESTED = (0.05, 0.10)  # the shares at which the study compares free with penalised
 CONDITIONS = {"A": ("calibrated", "raw"), "B": ("calibrated", "raw", "own")}
 OUTCOMES = ("propensity", "margin", "delta")
 RATIOS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # ||delta|| / ||h|| of the random patches
@@ -92,6 +93,15 @@ def grid() -> list[Run]:
     regimes = [(0.0, 0.0, 0.0), (0.0, COEF, 0.0)]
     regimes += [(share, COEF, exclusive) for share in SHARES for exclusive in (0.0, COEF)]
     return [Run(width, k, *regime) for width in WIDTHS for k in KS for regime in regimes]
+
+
+def grid_in_final() -> list[Run]:
+    """What the setting *final* gets of them, for its spillover: plain with L1 and DFCs with free
+    exclusive blocks, the larger ones also with tied shared rows, which the published grid lacks.
+    """
+    runs = [r for r in grid() if r.regime == "plain, L1"]
+    dfcs = [r for r in grid() if r.regime == "DFC, free" and r.share in TESTED]
+    return runs + dfcs + [replace(r, tie_shared=True) for r in dfcs if r.share == max(TESTED)]
 
 
 def train_config(run: Run, profile: Profile, d_model: int) -> TrainConfig:
