@@ -26,7 +26,6 @@ PROFILE = replace(
     profiles.get("smoke"),
     n_crosscoder_texts=24,
     n_evaluation=7,
-    n_steering=3,
     steps=20,
     batch_size=16,
     batch_generation=4,
@@ -86,6 +85,24 @@ def test_the_grid_is_the_published_one():
     assert {run.exclusive_coef for run in runs} == {0.0, 1e-3}
 
 
+def test_what_the_setting_final_gets_has_a_plain_partner_for_every_dfc():
+    runs = sweep.grid_in_final()
+    assert len(runs) == len({run.name for run in runs}) == 24
+    plain = {(r.width, r.k) for r in runs if r.regime == "plain, L1"}
+    assert Counter((r.width, r.k) for r in runs if r.share) == dict.fromkeys(plain, 3)
+    assert {r for r in runs if not r.tie_shared} < set(sweep.grid())
+    assert {(r.share, r.regime) for r in runs if r.tie_shared} == {(0.10, "DFC, free")}
+
+
+def test_every_setting_has_its_study(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Study, "at", lambda self, setting: asked.append(setting) or self)
+    assert command.open_study(PROFILE, "threshold").setting == "threshold"
+    assert asked == []
+    command.open_study(PROFILE, "final")
+    assert asked == ["final"]
+
+
 def test_at_full_size_the_runs_are_the_published_ones():
     profile = profiles.get("qwen")
     rows = pd.DataFrame([sweep.design(run, profile, 2_048) for run in sweep.grid()])
@@ -114,7 +131,7 @@ def test_the_prompts_are_the_profiles_own(build, monkeypatch):
 
 
 def test_measuring_equals_generating(build):
-    """Prompts kept between calls, and the margin alone where that is wanted, change nothing."""
+    """Prompts kept between calls, and the first token alone, change nothing."""
     study = Study(PROFILE)
     cells = {"clean": interventions.Clean(), "other": interventions.OtherModel(1)}
     cells["push"] = interventions.random_directions(sweep.Scaled(0.5), 1, 128)[0]
@@ -122,14 +139,20 @@ def test_measuring_equals_generating(build):
     want = evaluation.intervene(study.pair, "A", sweep.records(study), cells, progress=False)
     want = want.sort_values(["cell", "prompt"])
     got = got.sort_values(["condition", "prompt"])
-    assert got.margin.tolist() == pytest.approx(want.margin.tolist(), abs=1e-4)
-    assert got.delta.tolist() == pytest.approx(want.delta.tolist(), abs=1e-4)
+    for name in sweep.OUTCOMES:
+        assert got[name].tolist() == pytest.approx(want[name].tolist(), abs=1e-4)
     assert got[got.condition == "push"].delta.tolist() == pytest.approx([0.5] * 7, abs=1e-5)
-    generated = got[got.prompt < 3].lenient.tolist()
-    assert generated == want[want.prompt < 3].lenient.tolist()
-    assert got[got.prompt >= 3].lenient.isna().all()
     again = sweep.measure(study, "A", cells).sort_values(["condition", "prompt"])
     pd.testing.assert_frame_equal(again, got)
+
+
+def test_a_stretched_change_has_the_same_direction(build):
+    h = sweep.prefix_cache(Study(PROFILE)).h
+    push = interventions.random_directions(sweep.Scaled(0.5), 1, 128)[0]
+    new, length = interventions.apply(sweep.Stretched(push, 3.0), h)
+    once = interventions.apply(push, h)[0]
+    assert length.tolist() == pytest.approx([1.5] * 7, abs=1e-5)
+    torch.testing.assert_close(new - h[:, 0], 3 * (once - h[:, 0]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_says_what_was_measured(expected):
@@ -138,7 +161,7 @@ def test_a_row_says_what_was_measured(expected):
     assert not [name for name in rows if "second" in name or "time" in name]
     for (run, target, condition), part in outcomes.groupby(["run", "target", "condition"]):
         row = rows[rows.run == run].iloc[0]
-        for name in ("margin", "delta", *sweep.RATES):
+        for name in sweep.OUTCOMES:
             assert row[f"{target}_{condition}_{name}"] == pytest.approx(part[name].mean())
     shape = outcomes.groupby(["target", "condition"]).prompt.nunique().to_dict()
     wanted = [(t, c) for t, conditions in sweep.CONDITIONS.items() for c in conditions]
@@ -146,6 +169,22 @@ def test_a_row_says_what_was_measured(expected):
     dfc = rows[rows.share > 0]
     assert dfc.dead_A_exclusive.between(0, 1).all()
     assert rows[rows.share == 0].dead_A_exclusive.isna().all()
+
+
+def test_a_row_says_how_well_and_by_which_blocks(build, expected):
+    """Errors in normalised units; active features per block add up to k."""
+    study, (rows, _) = Study(PROFILE), expected
+    run, row = RUNS[1], rows.iloc[1]
+    crosscoder = study.train({run: sweep.job(run, study)}, progress=False)[run]
+    x, h = sweep.vectors(study).to_tensor(), sweep.prefix_cache(study).h
+    with torch.no_grad():
+        z, z_hat = (crosscoder.normaliser.apply(v) for v in (x, crosscoder.reconstruct(x)))
+        active = (crosscoder.encode(h) > 0).sum(1).float().mean()
+    assert row.mse == pytest.approx(float((z - z_hat).square().mean()), rel=1e-4)
+    blocks = [f"prompt_l0_{name}" for name in crosscoder.partition.names]
+    assert row[blocks].sum() == pytest.approx(float(active), rel=1e-5)
+    assert row.prompt_mse_A > 0
+    assert not row.tied
 
 
 def test_raw_and_calibrated_differ_by_the_normaliser_alone(build):
@@ -222,7 +261,7 @@ def test_a_killed_sweep_loses_the_run_in_flight_and_no_other(build, expected):
 
 def test_a_changed_budget_is_another_sweep(build):
     path = sweep.result_path(RUNS[0], Study(PROFILE))
-    for change in ({"steps": 40}, {"n_steering": 2}):
+    for change in ({"steps": 40}, {"n_evaluation": 6}):
         assert sweep.result_path(RUNS[0], Study(replace(PROFILE, **change))) != path
 
 

@@ -1,4 +1,4 @@
-"""``make sweep``: the 48 crosscoders of notebook 08, in process or on a Ray cluster."""
+"""``make sweep``: the crosscoders of notebook 08, in process or on a Ray cluster."""
 
 import argparse
 import os
@@ -29,22 +29,23 @@ def on_ray(runs: Sequence[sweep.Run], study: Study) -> Iterator[tuple[sweep.Run,
     most = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     gpus = int(study.profile.device == "cuda")
     task = ray.remote(max_retries=5, num_cpus=min(sweep.THREADS, most), num_gpus=gpus)(in_worker)
-    waiting = {task.remote(run, study.profile, str(paths.build_root())): run for run in runs}
+    where = (study.profile, study.setting, str(paths.build_root()))
+    waiting = {task.remote(run, *where): run for run in runs}
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         yield waiting.pop(done), ray.get(done)
 
 
-def in_worker(run: sweep.Run, profile: Profile, build_root: str) -> sweep.Result:
+def in_worker(run: sweep.Run, profile: Profile, setting: str, build_root: str) -> sweep.Result:
     """``run_one`` in a process of Ray's, which reads what runs share when its first task comes."""
     os.environ["DFC_BUILD"] = build_root
-    return sweep.run_one(run, open_study(profile))
+    return sweep.run_one(run, open_study(profile, setting))
 
 
 @cache
-def open_study(profile: Profile) -> Study:
-    """One per process and profile."""
-    return Study(profile)
+def open_study(profile: Profile, setting: str) -> Study:
+    """One per process, profile and setting."""
+    return Study(profile) if setting == Study.setting else Study(profile).at(setting)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,15 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ray", action="store_true", help="on the cluster at RAY_ADDRESS, or here")
     options, start = parser.parse_args(arguments), time.perf_counter()
     try:
-        study = Study(profiles.load(options.profile))
-        print("about ten minutes at toy on two cores; finished runs are skipped", flush=True)
-        sweep.baselines(study)
-        rows, _ = sweep.sweep(sweep.grid(), study, on_ray if options.ray else sweep.in_process)
+        profile, made = profiles.load(options.profile), 0
+        print("about five minutes at toy on two cores; finished runs are skipped", flush=True)
+        for setting, runs in {"threshold": sweep.grid(), "final": sweep.grid_in_final()}.items():
+            study = open_study(profile, setting)
+            sweep.baselines(study)
+            rows, _ = sweep.sweep(runs, study, on_ray if options.ray else sweep.in_process)
+            made += len(rows)
+            print(f"setting {setting}: {sweep.folder(study)}")
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(rows)} runs, {(time.perf_counter() - start) / 60:.1f} minutes this time")
-    print(f"results: {sweep.folder(study)}")
+    print(f"{made} runs, {(time.perf_counter() - start) / 60:.1f} minutes this time")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -11,6 +11,18 @@ from dfc_lib.crosscoder.partition import Partition
 from dfc_lib.crosscoder.training import Job, TrainConfig, load_metrics, run_directory
 from dfc_lib.data.activations import Activations
 from dfc_lib.profiles import Profile
+
+
+def train_config(profile: Profile, partition: Partition, **fields: Any) -> TrainConfig:
+    """A configuration with a profile's budget; ``fields`` come on top, or instead."""
+    budget = {
+        "k": profile.k,
+        "steps": profile.steps,
+        "batch_size": profile.batch_size,
+        "lr": profile.learning_rate,
+        "device": profile.device,
+    }
+    return TrainConfig(partition, **budget | fields)
 
 
 @dataclass(frozen=True)
@@ -58,18 +70,14 @@ class Recipe:
     def config(self, seed: int = 0) -> TrainConfig:
         """The configuration of one run."""
         p, published = self.profile, self.protocol == "published"
-        return TrainConfig(
+        return train_config(
+            p,
             self.partition or Partition.dedicated(p.dict_size, p.exclusive_share),
-            k=p.k,
-            steps=p.steps,
-            batch_size=p.batch_size,
-            lr=p.learning_rate,
             tie_shared=self.tie_shared,
             exclusive_coef=self.exclusive_coef,
             variant="published" if published else "exclusive_only",
             aux_coef=0.0 if published else TrainConfig.aux_coef,
             normalise="zscore_unstored" if published else "per_model_scalar",
-            device=p.device,
             seed=seed,
         )
 

@@ -1,9 +1,12 @@
 """The sweep of arXiv 2606.26474: 48 crosscoders, each trained, evaluated and put down as one row.
 
 ``grid`` is the published design as data, ``train_config`` scales a run to a profile. ``run_one`` is
-the task: get the crosscoder, pass both models through it at the last prompt token, score what they
-do. ``sweep`` runs the tasks. Finished runs are on disk, whole or not at all: killing a sweep loses
-the run in flight and no other.
+the task: get the crosscoder, pass both models through it at the last prompt token, read how likely
+they are to act. ``sweep`` runs the tasks. Finished runs are on disk, whole or not at all: killing a
+sweep loses the run in flight and no other.
+
+The outcome is the propensity, from the first generated token alone: nothing is generated, so a run
+costs little more than its training.
 
 Conditions: ``calibrated`` (through the stored Normaliser); ``raw`` (raw activations in, raw out, as
 in the published evaluation); for the base also ``own`` (calibrated, encoded from the base alone,
@@ -12,19 +15,18 @@ A's stream at its mean).
 
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfc_lib import provenance, store
-from dfc_lib.crosscoder import fidelity, training
+from dfc_lib.crosscoder import fidelity, recipes, training
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Partition
 from dfc_lib.crosscoder.training import Job, TrainConfig
@@ -39,11 +41,11 @@ from dfc_lib.study import Study
 
 PUBLISHED = {"d_model": 2_048, "k": 90, "steps": 9_000, "batch": 1_024, "vectors": 80_000}
 WIDTHS, KS, SHARES, COEF = (4, 8), (45, 90, 160), (0.03, 0.05, 0.10), 1e-3
+TESTED = (0.05, 0.10)  # the shares at which the study compares free with penalised
 CONDITIONS = {"A": ("calibrated", "raw"), "B": ("calibrated", "raw", "own")}
-RATES = ("lenient", "strict", "format", "name")
+OUTCOMES = ("propensity", "margin", "delta")
 RATIOS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # ||delta|| / ||h|| of the random patches
 N_DRAWS = 8  # random directions per ratio
-N_GENERATED = 128  # prompts that are generated for, at most; the margin is read on all
 THREADS = 1  # of one task, wherever it runs
 
 
@@ -93,6 +95,15 @@ def grid() -> list[Run]:
     return [Run(width, k, *regime) for width in WIDTHS for k in KS for regime in regimes]
 
 
+def grid_in_final() -> list[Run]:
+    """What the setting *final* gets of them, for its spillover: plain with L1 and DFCs with free
+    exclusive blocks, the larger ones also with tied shared rows, which the published grid lacks.
+    """
+    runs = [r for r in grid() if r.regime == "plain, L1"]
+    dfcs = [r for r in grid() if r.regime == "DFC, free" and r.share in TESTED]
+    return runs + dfcs + [replace(r, tie_shared=True) for r in dfcs if r.share == max(TESTED)]
+
+
 def train_config(run: Run, profile: Profile, d_model: int) -> TrainConfig:
     """A run scaled to a profile, in the calibrated protocol.
 
@@ -100,16 +111,14 @@ def train_config(run: Run, profile: Profile, d_model: int) -> TrainConfig:
     profile's. A CPU gets half the steps: one training then stays within five seconds on two cores.
     """
     size = run.width * d_model
-    return TrainConfig(
+    return recipes.train_config(
+        profile,
         Partition.dedicated(size, run.share) if run.share else Partition.plain(size),
         k=max(1, round(run.k * profile.k / PUBLISHED["k"])),
         tie_shared=run.tie_shared,
         steps=profile.steps // (2 if profile.device == "cpu" else 1),
-        batch_size=profile.batch_size,
-        lr=profile.learning_rate,
         shared_coef=run.shared_coef,
         exclusive_coef=run.exclusive_coef,
-        device=profile.device,
         seed=run.seed,
     )
 
@@ -118,7 +127,8 @@ def design(run: Run, profile: Profile, d_model: int) -> dict[str, Any]:
     """What a run is here and, with ``_published`` in the name, what it is in the study."""
     config = train_config(run, profile, d_model)
     sizes = {"": config.partition.dict_size, "_published": run.width * PUBLISHED["d_model"]}
-    row = {"run": run.name, "regime": run.regime, "share": run.share, "seed": run.seed}
+    row = {"run": run.name, "regime": run.regime, "share": run.share, "tied": run.tie_shared}
+    row |= {"seed": run.seed}
     row |= {"shared_coef": run.shared_coef, "exclusive_coef": run.exclusive_coef}
     row |= {f"D{which}": size for which, size in sizes.items()}
     row |= {"k": config.k, "k_published": run.k}
@@ -132,11 +142,6 @@ def design(run: Run, profile: Profile, d_model: int) -> dict[str, Any]:
 def records(study: Study) -> list[Record]:
     """The prompts that runs are evaluated on: gold call, tools seen."""
     return study.calls("evaluation", study.profile.n_evaluation)
-
-
-def n_generated(study: Study) -> int:
-    """For how many of them, the first ones, answers are generated."""
-    return min(N_GENERATED, study.profile.n_steering, len(records(study)))
 
 
 @cache
@@ -155,8 +160,8 @@ def vectors(study: Study) -> Activations:
 def folder(study: Study) -> Path:
     """Where results lie; named by all that they depend on, but for the run's own settings."""
     profile, pair = study.profile, study.pair
-    key = [provenance.code_hash(__name__), n_generated(study), pair.layer, profile.dtype]
-    key += [profile.max_new_tokens, vectors(study).key, study.ids(records(study))]
+    key = [provenance.code_hash(__name__), pair.layer, profile.dtype]
+    key += [vectors(study).key, study.ids(records(study))]
     key += [fingerprint(model) for model in pair.models.values()]
     return study.build / "sweep" / provenance.digest(key)[:16]
 
@@ -185,26 +190,19 @@ def measure(
     cells: Mapping[Hashable, Intervention],
     levels: Sequence[str] = ("condition",),
 ) -> pd.DataFrame:
-    """What a model does under interventions at the last prompt token.
+    """How likely a model is to act under interventions at the last prompt token.
 
     Args:
         cells, levels: as for ``Study.run``.
 
     Returns:
-        one line per (cell, prompt), cells outermost: ``target``, ``levels``, ``prompt``, ``margin``
-        (nats), ``delta`` (||delta|| / ||h||), and the rates, NaN where nothing was generated.
+        one line per (cell, prompt), cells outermost: ``target``, ``levels``, ``prompt``,
+        ``propensity``, ``margin`` (nats), ``delta`` (||delta|| / ||h||).
     """
-    n, asked, frames = n_generated(study), records(study), []
     options = {"prefix_cache": prefix_cache(study), "out_dir": None, "progress": False}
-    # Of the prompts behind the first n only the first token's margin is wanted.
-    for part, length in ((asked[:n], study.profile.max_new_tokens), (asked[n:], 1)):
-        if part:
-            options["max_new_tokens"] = length
-            frames.append(study.run(cells, part, target, levels=levels, **options))
-    frames[1:] = [f.assign(prompt=f.prompt + n, **dict.fromkeys(RATES, np.nan)) for f in frames[1:]]
-    outcomes = pd.concat(frames).assign(target=target)
-    by_cell = outcomes.groupby(list(levels), sort=False, dropna=False)
-    columns = ["target", *levels, "prompt", "margin", "delta", *RATES]
+    outcomes = study.propensity(cells, records(study), target, levels=levels, **options)
+    by_cell = outcomes.assign(target=target).groupby(list(levels), sort=False, dropna=False)
+    columns = ["target", *levels, "prompt", *OUTCOMES]
     return pd.concat([part for _, part in by_cell], ignore_index=True)[columns]
 
 
@@ -227,7 +225,7 @@ def run_one(run: Run, study: Study) -> Result:
     frames = [measure(study, t, reconstructions(crosscoder, t)) for t in study.pair.names]
     outcomes = pd.concat(frames, ignore_index=True)
     row = design(run, study.profile, study.pair.d_model) | describe(crosscoder, study)
-    grouped = outcomes.groupby(["target", "condition"], sort=False)[["margin", "delta", *RATES]]
+    grouped = outcomes.groupby(["target", "condition"], sort=False)[list(OUTCOMES)]
     for (target, condition), values in grouped.mean().iterrows():
         row |= {f"{target}_{condition}_{name}": value for name, value in values.items()}
     return row, outcomes
@@ -235,20 +233,34 @@ def run_one(run: Run, study: Study) -> Result:
 
 @torch.no_grad()
 def describe(crosscoder: Crosscoder, study: Study) -> dict[str, float]:
-    """``fve_<model>``, ``l0_<block>``, ``dead_<block>`` on the training vectors;
-    ``prompt_fve_<model>``, ``mse_<model>`` (normalised units) on the evaluation prompts."""
-    row, partition = {}, crosscoder.partition
-    on_vectors = fidelity.fidelity(crosscoder, vectors(study).to_tensor()).set_index("name")
+    """What a crosscoder explains, and how much its blocks are used.
+
+    On the training vectors: ``mse`` (normalised units, both models), ``fve_<model>``,
+    ``l0_<block>``, ``dead_<block>``. On the evaluation prompts: ``prompt_mse_<model>``,
+    ``prompt_fve_<model>``, ``prompt_l0_<block>``.
+    """
+    x, row, partition = vectors(study).to_tensor(), {}, crosscoder.partition
+    on_vectors = fidelity.fidelity(crosscoder, x).set_index("name")
     row |= {f"fve_{name}": on_vectors.fve[name] for name in partition.model_names}
     row |= {f"l0_{name}": on_vectors.l0[name] for name in partition.names}
     row |= {f"dead_{name}": on_vectors.dead_share[name] for name in partition.names}
+    row["mse"] = float(_error(crosscoder, x)[1].square().mean())
     h = prefix_cache(study).h
-    z, z_hat = (crosscoder.normaliser.apply(x) for x in (h, crosscoder.reconstruct(h)))
-    error = (z_hat - z).square()
-    fve = 1 - error.sum((0, 2)) / (z - z.mean(0)).square().sum((0, 2))
+    z, error = _error(crosscoder, h)
+    fve = 1 - error.square().sum((0, 2)) / (z - z.mean(0)).square().sum((0, 2))
     for t, name in enumerate(study.pair.names):
-        row |= {f"prompt_fve_{name}": float(fve[t]), f"mse_{name}": float(error[:, t].mean())}
+        row[f"prompt_fve_{name}"] = float(fve[t])
+        row[f"prompt_mse_{name}"] = float(error[:, t].square().mean())
+    active = crosscoder.encode(h) > 0
+    for block in partition.names:
+        row[f"prompt_l0_{block}"] = float(active[:, partition.slice(block)].sum(1).float().mean())
     return row
+
+
+def _error(crosscoder: Crosscoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations and what a crosscoder misses of them, both in normalised units."""
+    z, z_hat = (crosscoder.normaliser.apply(h) for h in (x, crosscoder.reconstruct(x)))
+    return z, z_hat - z
 
 
 # -- what no crosscoder enters
@@ -263,6 +275,21 @@ class Scaled(Intervention):
 
     def delta(self, site: Site) -> Tensor:
         return self.ratio * site.own
+
+
+@dataclass(frozen=True, eq=False)
+class Stretched(Intervention):
+    """Another intervention's change, ``factor`` times as long."""
+
+    like: Intervention
+    factor: float
+
+    @property
+    def reads_others(self) -> bool:  # type: ignore[override]
+        return self.like.reads_others
+
+    def delta(self, site: Site) -> Tensor:
+        return self.factor * self.like.delta(site)
 
 
 @training.fixed_threads(THREADS)
