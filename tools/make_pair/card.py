@@ -212,8 +212,12 @@ def _to_come(pairs: Path) -> list[str]:
 
 
 def _of_prose(pair: Path) -> str:
-    if not pair.exists():
-        return "The pair without a template (`prose`) is not made yet."
+    if not (pair / "near.csv").exists():
+        return (
+            "`prose/base` and `prose/rl` are a further pair, whose rewarded behaviour has no fixed "
+            "surface template: naming the right tool in plain prose. It is of the first published "
+            "world, not of this one: see below."
+        )
     return (
         "`prose/base` and `prose/rl` are a further pair, whose rewarded behaviour has no fixed "
         "surface template: naming the right tool in plain prose. `prose/base` is `0/base` after "
