@@ -133,19 +133,17 @@ def audit_table(profile: Profile) -> list[tuple[float, str, str]]:
 def answers(profile: Profile) -> int:
     """How many answers all notebooks let the models write, about.
 
-    The cells that the notebooks ask for, times their prompts. Most are of 05 (five variants, grids,
-    random directions), 06 and 08.
+    The cells that the notebooks ask for, times their prompts: most are of 06, for 05, 08 and 09 read
+    the first token alone wherever they can. Counted for 06; the others' are no more than as many.
     """
-    seeds, many = len(profile.seeds), profile.many_seeds
-    steering = 25 * seeds + 14.5 * many + profile.n_random_directions + 182
-    cells = steering + 80 * seeds + 260  # of 06, of 08
+    cells = 2 * (29 * len(profile.seeds) + 28)
     alone = 5 * len(profile.family) * profile.n_evaluation
     return round(cells * profile.n_steering + alone)
 
 
 def crosscoders(profile: Profile) -> int:
-    """How many crosscoders of the profile's size all notebooks train, about; 48 are 08's."""
-    return 5 * len(profile.seeds) + 2 * profile.many_seeds + 48 + 16
+    """How many crosscoders of the profile's size all notebooks train, about; 72 are 08's."""
+    return 5 * len(profile.seeds) + 2 * profile.many_seeds + 72 + 16
 
 
 def hours(profile: Profile, gpu: GPU) -> dict[str, float]:
