@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import threading
 import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ _NAMES_DATA = re.compile(r"\w[\w/-]*\.(?!py$)\w+")
 # Without these, torch's kernels, oneDNN and MKL each sum in the order that suits the processor.
 # AVX2 is what every x86-64 machine of the last ten years has; it costs a training nothing.
 ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
+# CPython 3.11 counts the depth of what it parses in one place for all threads, and raises
+# SystemError where two parse at once, as trainings side by side do when they name their code.
+_PARSING = threading.Lock()
 
 
 class CodeError(Exception):
@@ -144,8 +148,9 @@ def code_hash(*modules: str) -> str:
     sources = [f"import {name}" for name in modules]
     if unknown := set(modules) - set(library.files):
         raise KeyError(f"the library has no module {', '.join(sorted(unknown))}")
-    reached = library.closure(sources)
-    return digest([name, library.fingerprint(name)] for name in reached)[:16]
+    with _PARSING:
+        reached = library.closure(sources)
+        return digest([name, library.fingerprint(name)] for name in reached)[:16]
 
 
 def fix_arithmetic() -> None:
