@@ -2,8 +2,6 @@
 
 import os
 import platform
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,19 +125,3 @@ def test_torch_computes_as_it_was_told():
     import torch
 
     assert torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def test_threads_that_ask_at_once_get_the_same_hash(monkeypatch):
-    """CPython 3.11's parser is not made for threads; trainings run side by side."""
-    ask = provenance.code_hash.__wrapped__
-    want = ask("dfc_lib.study")
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            for _ in range(3):
-                library = Library(Path(provenance.__file__).parents[1])
-                monkeypatch.setattr(provenance, "_this_library", lambda found=library: found)
-                assert set(pool.map(lambda _: ask("dfc_lib.study"), range(4))) == {want}
-    finally:
-        sys.setswitchinterval(interval)
