@@ -145,7 +145,7 @@ def test_hours_grow_with_the_work_and_fall_with_the_card():
 
     assert total(qwen) > total(qwen, fast)
     for field in ("n_steering", "max_new_tokens", "steps", "dict_size"):
-        assert total(replace(qwen, **{field: 2 * getattr(qwen, field)})) > 1.2 * total(qwen), field
+        assert total(replace(qwen, **{field: 2 * getattr(qwen, field)})) > 1.04 * total(qwen), field
     needed = budget.on_card(qwen)
     assert needed > 3 * 2 * budget.parameters(budget.config_of("Qwen/Qwen2.5-3B"))
     rows = budget.gpu_page(qwen).splitlines()
