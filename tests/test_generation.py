@@ -102,6 +102,7 @@ def make_grid(crosscoder):
         "clamp": iv.Clamp(codec, block[:3], 20.0),
         "mean patch": iv.Patch(mean),
         "difference": iv.AddVector(difference, 2.0),
+        "difference at a length": iv.Dose(iv.AddVector(difference), 40.0),
         "other model": iv.OtherModel(1),
         "random direction": iv.random_directions(steer, 1, crosscoder.d_model)[0],
         "random features": iv.RandomFeatures(codec, "shared", steer, size=3),
