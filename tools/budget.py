@@ -133,8 +133,8 @@ def audit_table(profile: Profile) -> list[tuple[float, str, str]]:
 def answers(profile: Profile) -> int:
     """How many answers all notebooks let the models write, about.
 
-    The cells that the notebooks ask for, times their prompts: most are of 06, for 05, 08 and 09 read
-    the first token alone wherever they can. Counted for 06; the others' are no more than as many.
+    The cells that the notebooks ask for, times their prompts: most are of 06, for 05, 08 and 09
+    read the first token alone wherever they can. Counted for 06; the others' are taken as many.
     """
     cells = 2 * (29 * len(profile.seeds) + 28)
     alone = 5 * len(profile.family) * profile.n_evaluation
