@@ -577,7 +577,7 @@ def keys_after(root, module="", old="", new=""):
         ("crosscoder/checkpoint.py", "apply_masks: bool = False", "apply_masks: bool = True",
          (False, False, False)),
         ("crosscoder/fidelity.py", "1 - residual", "2 - residual", (False, False, False)),
-        ("crosscoder/recipes.py", "k=p.k", "k=p.k + 1", (False, False, False)),
+        ("crosscoder/recipes.py", '"k": profile.k', '"k": profile.k + 1', (False, False, False)),
     ],
 )  # fmt: skip
 def test_an_edit_gives_other_keys_to_what_it_touches_and_to_nothing_else(
