@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dfc_lib.data import scoring
 from dfc_lib.data.pair import load_model, load_tokenizer
-from tools.make_pair import posttrain, pretrain, prose, world
+from tools.make_pair import card, posttrain, pretrain, prose, world
 
 TINY = pretrain.PretrainConfig(
     n_layers=2,
@@ -121,3 +122,18 @@ def test_warm_rows_mostly_hedge_and_name_in_many_wordings(tokenizer):
     assert 0.5 < sum(hedges) / len(rows) < 0.99
     firsts = {r["completion"].split()[0] for r, h in zip(rows, hedges, strict=True) if not h}
     assert len(firsts) >= 8
+
+
+def test_a_prose_run_that_learned_nothing_replaces_nothing(tmp_path, monkeypatch, capsys):
+    """The step nearest to the wanted rate is a step of any run, a dead one too."""
+    shipped = tmp_path / "pairs" / "prose" / "base" / "model.safetensors"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_text("the shipped one")
+    rates = pd.DataFrame({"step": [4, 8], "rate": [0.0, 0.0], "near": [True, False]})
+    monkeypatch.setattr(card.measure, "near_threshold", lambda *_: rates)
+    saved = []
+    monkeypatch.setattr(card, "_save", lambda *folders: saved.append(folders))
+    card.export_prose(tmp_path / "work", tmp_path / "pairs", tmp_path)
+    assert shipped.read_text() == "the shipped one"
+    assert not saved
+    assert "no step names a tool" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import pytest
 
 from dfc_lib import profiles
-from dfc_lib.data.pair import Pair
 from dfc_lib.steering.interventions import Clean, OtherModel
 from dfc_lib.steering.scan import scan
 from dfc_lib.study import Study
@@ -35,9 +34,7 @@ def scanned(study, records):
 def test_a_patch_is_what_the_engine_makes_of_it(
     study, records, scanned, layer, position, direction, target
 ):
-    models = study.pair.models
     other = Study(study.profile, layer=layer)
-    other.__dict__["pair"] = Pair(models, study.pair.tokenizer, layer)
     cells = {"clean": Clean(), "patched": OtherModel(1 - study.pair.index(target))}
     frame = other.propensity(cells, records, target, position=position, out_dir=None)
     want = frame.pivot(index="prompt", columns="cell", values="propensity")

@@ -38,11 +38,17 @@ def export(work: Path, seed: int, pairs: Path, data: Path) -> None:
 
 
 def export_prose(work: Path, pairs: Path, data: Path) -> None:
-    """The same for the pair without a template, `pairs/prose`, measured as well."""
+    """The same for the pair without a template, `pairs/prose`, measured as well.
+
+    Where no step of the run names a tool greedily, nothing was learned: what is shipped stays.
+    """
     source, target = work / "prose", pairs / "prose"
     near = measure.near_threshold(
         source / "rl", data, lambda frame, records: measure.named(frame, records).right
     )
+    if near.rate.max() == 0:
+        print(f"{source / 'rl'}: no step names a tool; {target} is left as it is", flush=True)
+        return
     step = int(near[near.near].step.iloc[0])
     shutil.rmtree(target, ignore_errors=True)
     _save(source / "base" / f"step_{prose.SFT.save_at[-1]:04d}", target / "base")
