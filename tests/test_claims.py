@@ -298,16 +298,16 @@ COMMITTED = figures.folder(profiles.get("toy"))
 
 @pytest.mark.skipif(not (COMMITTED / "05_readings.csv").exists(), reason="no readings at toy yet")
 def test_the_committed_results_answer_every_claim():
-    """What notebook 11 shows: each reading has its interval around it, and a verdict."""
+    """What Notebook 14 shows: each reading has its interval around it, and a verdict."""
     toy = profiles.get("toy")
     table = claims.details(toy)
     assert (table.id != "").all()  # every primary is there, or its stand-in
     known = table[table.effect.notna() & table.low.notna()]
     assert (known.low <= known.effect + 1e-9).all()
     assert (known.effect <= known.high + 1e-9).all()
-    assert pd.read_csv(COMMITTED / "11_claims.csv").verdict.tolist() == table.verdict.tolist()
+    assert pd.read_csv(COMMITTED / "14_claims.csv").verdict.tolist() == table.verdict.tolist()
     card = claims.scorecard(toy)
-    assert pd.read_csv(COMMITTED / "11_scorecard.csv").verdict.tolist() == card.verdict.tolist()
+    assert pd.read_csv(COMMITTED / "14_scorecard.csv").verdict.tolist() == card.verdict.tolist()
 
 
 def faults(table):

@@ -128,7 +128,7 @@ def test_a_second_save_replaces_its_row_and_the_manifest_stays_sorted(fig, place
 
 
 def test_data_comes_back_as_it_was_saved():
-    """Notebook 11 reads every verdict from these files."""
+    """Notebook 14 reads every verdict from these files."""
     data = frame(
         arm=["A", "None", ""], n=[1, 2, 3], rate=[0.5, np.nan, -np.inf], yes=[True, False, True]
     )

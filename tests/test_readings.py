@@ -20,7 +20,7 @@ def notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
     for name in ("05_steering", "06_spillover"):
         (tmp_path / f"{name}.ipynb").write_text("save_readings(number, found, profile)")
-    (tmp_path / "11_scorecard.ipynb").write_text("{}")
+    (tmp_path / "14_scorecard.ipynb").write_text("{}")
 
 
 def reading(claim="C1", id="calibrated", **values):
