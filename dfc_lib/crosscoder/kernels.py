@@ -25,6 +25,7 @@ weight. Without it everything is ordinary autograd.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,6 +123,22 @@ def top_k(preactivations: Float[Tensor, "batch d_dict"], k: int) -> Pattern:
     """The ``k`` largest pre-activations of each sample."""
     batch, d_dict = preactivations.shape
     feature = preactivations.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    starts = torch.arange(0, batch * k + 1, k, device=feature.device)
+    return Pattern(starts, feature.flatten(), d_dict)
+
+
+def reserved_top_k(
+    preactivations: Float[Tensor, "batch d_dict"], k: int, reserved: Sequence[slice]
+) -> Pattern:
+    """The largest pre-activation of each reserved block, and of the others as many as make k."""
+    others = preactivations.clone()
+    chosen = []
+    for block in reserved:
+        chosen.append(preactivations[:, block].argmax(-1, keepdim=True) + block.start)
+        others[:, block] = -torch.inf
+    chosen.append(others.topk(k - len(reserved), dim=-1, sorted=False).indices)
+    batch, d_dict = preactivations.shape
+    feature = torch.cat(chosen, dim=1).sort(dim=-1).values
     starts = torch.arange(0, batch * k + 1, k, device=feature.device)
     return Pattern(starts, feature.flatten(), d_dict)
 

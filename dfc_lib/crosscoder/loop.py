@@ -45,6 +45,12 @@ class TrainConfig:
         k: active features per sample.
         batchtopk: select ``k * batch_size`` features over the batch, not ``k`` per sample.
         tie_shared: one decoder row per shared feature for all models; the encoder stays free.
+        tie_bias: one decoder bias for all models.
+        reference: the model that the others are compared with by the two settings that follow.
+        difference_coef: of the loss on differences to the reference, see ``losses``.
+        reserved_steps: so many steps at the start, every exclusive block but the reference's has
+            one of the k places for itself. Reconstruction alone cannot tell what A has from what
+            the reference lacks; whose block learns first decides, and it is not the reference's.
         steps, batch_size: length of the run; an epoch is a fresh permutation, and batches run
             across its end.
         lr, warmup_steps, decay_steps: of Adam; linear from 0 at the start, linear to 0 at the end.
@@ -55,6 +61,7 @@ class TrainConfig:
         decoder_init_norm: initial norm of a feature's decoder row, over all models. Adam's fixed
             step turns a short row faster: 0.3 explained more variance than 1 in short runs.
         normalise: ``per_model_scalar`` fits a ``Normaliser`` and stores it (calibrated protocol);
+            ``pooled_scalar`` likewise, one for all models;
             ``zscore_unstored`` z-scores every dimension per dataset and model in training and
             stores nothing (published protocol).
         seed: of the initial weights and of the order of the data.
@@ -69,6 +76,10 @@ class TrainConfig:
     k: int
     batchtopk: bool = False
     tie_shared: bool = False
+    tie_bias: bool = False
+    reference: str = ""
+    difference_coef: float = 0.0
+    reserved_steps: int = 0
     steps: int = 1500
     batch_size: int = 512
     lr: float = 1e-3
@@ -81,7 +92,7 @@ class TrainConfig:
     aux_coef: float = 1 / 32
     dead_steps: int = 250
     decoder_init_norm: float = 0.3
-    normalise: Literal["per_model_scalar", "zscore_unstored"] = "per_model_scalar"
+    normalise: Literal["per_model_scalar", "pooled_scalar", "zscore_unstored"] = "per_model_scalar"
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
@@ -91,7 +102,7 @@ class TrainConfig:
     def __post_init__(self):
         choices = {
             "variant": VARIANTS,
-            "normalise": ("per_model_scalar", "zscore_unstored"),
+            "normalise": ("per_model_scalar", "pooled_scalar", "zscore_unstored"),
             "dtype": ("float32", "float64"),
         }
         for name, allowed in choices.items():
@@ -108,6 +119,25 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.k is {self.k}, more than the {self.partition.dict_size} features"
             )
+        names, compared = self.partition.model_names, self.difference_coef or self.reserved_steps
+        if compared and self.reference not in names:
+            raise ValueError(
+                f"TrainConfig.reference is {self.reference!r}; difference_coef and reserved_steps "
+                f"compare the models with one of them: use one of {names}"
+            )
+        if self.reserved_steps and self.k <= len(self.reserved):
+            raise ValueError(
+                f"TrainConfig.k is {self.k}; reserved_steps takes {len(self.reserved)} of them and "
+                "leaves none for the others: raise k"
+            )
+
+    @property
+    def reserved(self) -> list[slice]:
+        """The features of the exclusive blocks that are not the reference's."""
+        partition = self.partition
+        owned = [b for b in partition.blocks if len(b.models) == 1 < partition.n_models]
+        others = [b for b in owned if partition.model_names[b.models[0]] != self.reference]
+        return [partition.slices[block.name] for block in others]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that decide the weights, as plain JSON."""
@@ -176,6 +206,7 @@ class Run:
             config.k,
             batchtopk=config.batchtopk,
             tie_shared=config.tie_shared,
+            tie_bias=config.tie_bias,
             dtype=getattr(torch, config.dtype),
             device=config.device,
             metadata={"training": config.to_dict()},
@@ -195,14 +226,16 @@ class Run:
         self.coefs = (config.shared_coef, config.exclusive_coef, config.aux_coef)
         named = zip(("l1_shared", "l1_exclusive", "aux"), self.coefs, strict=True)
         self.unused_terms = {name for name, coef in named if not coef}
+        self.differences: losses.Differences | None = None
 
     def train_step(self, x: Float[Tensor, "batch model d_model"]) -> None:
         config, crosscoder = self.config, self.crosscoder
         self.optimiser.zero_grad(set_to_none=False)
+        crosscoder.reserved = config.reserved if self.step < config.reserved_steps else []
         forward = crosscoder.forward_sparse(x, in_place=True)
         dead = self.steps_silent >= config.dead_steps
-        terms = self._terms(forward, dead, in_place=True, skip=self.unused_terms)
-        total = losses.weigh(terms, *self.coefs)
+        terms = self._terms(forward, dead, self.differences, in_place=True, skip=self.unused_terms)
+        total = losses.weigh(terms, *self.coefs, config.difference_coef)
         total.backward()
         crosscoder.constrain_grads_()
         self._clip()
@@ -221,8 +254,15 @@ class Run:
         crosscoder.tie_()
         self.step += 1
 
-    def _terms(self, forward: Forward, dead: Tensor | None, **options: Any) -> dict[str, Tensor]:
-        return losses.terms(self.crosscoder, forward, self.config.variant, dead, **options)
+    def _terms(
+        self,
+        forward: Forward,
+        dead: Tensor | None,
+        differences: losses.Differences | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        variant = self.config.variant
+        return losses.terms(self.crosscoder, forward, variant, dead, differences, **options)
 
     def _clip(self) -> None:
         if self.config.clip_norm:
@@ -272,10 +312,19 @@ class Run:
 
     def resume(self) -> None:
         """Continue from the state file; without one, start (and fit the normaliser)."""
-        path = self.directory / STATE_FILE
+        self._restore(self.directory / STATE_FILE)
+        if self.config.difference_coef:
+            normaliser = self.crosscoder.normaliser
+            reference = self.config.partition.model(self.config.reference)
+            activations = self.batches.activations
+            variance = normaliser.variance_of_differences(activations, reference)
+            self.differences = losses.Differences(reference, variance)
+
+    def _restore(self, path: Path) -> None:
         if not path.is_file():
-            if self.config.normalise == "per_model_scalar":
-                self.crosscoder.normaliser = Normaliser.fit(self.batches.activations)
+            if self.config.normalise != "zscore_unstored":
+                pooled = self.config.normalise == "pooled_scalar"
+                self.crosscoder.normaliser = Normaliser.fit(self.batches.activations, pooled=pooled)
             return
         try:
             with safe_open(path, framework="pt", device=self.config.device) as state:
@@ -299,6 +348,7 @@ class Run:
 
     def finish(self) -> None:
         self._write_metrics()
+        self.crosscoder.reserved = []
         self.crosscoder.check_integrity()
         self.crosscoder.save(self.directory)  # cfg.json comes last and marks the run as finished
 

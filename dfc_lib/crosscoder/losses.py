@@ -1,7 +1,8 @@
 """The loss: reconstruction, sparsity penalties, and help for dead features.
 
-``mse + shared_coef * l1_shared + exclusive_coef * l1_exclusive + aux_coef * aux``; all means are
-over all elements, in normalised units (raw for the identity normaliser):
+``mse + shared_coef * l1_shared + exclusive_coef * l1_exclusive + aux_coef * aux + difference_coef *
+difference``; all means are over all elements, in normalised units (raw for the identity
+normaliser):
 
 - ``mse``: mean of ``(z^ - z)**2`` over batch, models and dimensions.
 - ``published`` (arXiv 2606.26474 and its code): ``l1_shared`` is the mean of the shared features,
@@ -12,12 +13,16 @@ over all elements, in normalised units (raw for the identity normaliser):
   cannot dodge the penalty.
 - ``aux``: mean squared error of reconstructing the residual from the ``2 * k`` strongest dead
   features (arXiv 2406.04093, A.2). No such term in ``published``.
+- ``difference``: how much of the difference of a model and the reference is left unexplained, the
+  mean squared error of ``(z_m - z_reference)^`` over the variance of ``z_m - z_reference``,
+  averaged over the other models. Two models that differ in a hundredth of their variance leave
+  ``mse`` no reason to explain that hundredth.
 """
 
 from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -45,11 +50,24 @@ def penalty(variant: Variant) -> ModuleType:
     return import_module(f"{__package__}.penalty_{variant}")
 
 
+class Differences(NamedTuple):
+    """What the models are compared with, and how far they are from it.
+
+    Attributes:
+        reference: index of the model that the others are compared with.
+        variance: ``Normaliser.variance_of_differences``.
+    """
+
+    reference: int
+    variance: Float[Tensor, " model"]
+
+
 def terms(
     crosscoder: "Crosscoder",
     forward: "Forward",
     variant: Variant,
     dead: Bool[Tensor, " d_dict"] | None = None,
+    differences: Differences | None = None,
     *,
     in_place: bool = False,
     skip: Iterable[str] = (),
@@ -58,6 +76,7 @@ def terms(
 
     Args:
         dead: the features that have not fired for long; None: no auxiliary loss.
+        differences: None: no such term.
         in_place: as in ``Crosscoder.forward_sparse``.
         skip: terms that stay 0 (saves time).
     """
@@ -76,15 +95,33 @@ def terms(
     found["aux"] = forward.z.new_zeros(())
     if dead is not None and penalised.AUXILIARY and "aux" not in skip:
         found["aux"] = _auxiliary(crosscoder, forward, dead, in_place)
+    found["difference"] = forward.z.new_zeros(())
+    if differences is not None:
+        found["difference"] = _difference(crosscoder, forward, differences)
     return found
 
 
 def weigh(
-    terms: dict[str, Scalar], shared_coef: float, exclusive_coef: float, aux_coef: float
+    terms: dict[str, Scalar],
+    shared_coef: float,
+    exclusive_coef: float,
+    aux_coef: float,
+    difference_coef: float = 0.0,
 ) -> Scalar:
     """The total loss from its terms."""
     penalties = shared_coef * terms["l1_shared"] + exclusive_coef * terms["l1_exclusive"]
-    return terms["mse"] + penalties + aux_coef * terms["aux"]
+    total = terms["mse"] + penalties + aux_coef * terms["aux"]
+    return total + difference_coef * terms["difference"] if difference_coef else total
+
+
+def _difference(crosscoder: "Crosscoder", forward: "Forward", to: Differences) -> Scalar:
+    """The share of the differences to the reference that is left unexplained."""
+    error = forward.reconstruction - forward.z
+    error = error.view(len(error), crosscoder.n_models, -1)
+    of_models = (error - error[:, [to.reference]]).square().mean((0, 2))
+    # Two models that are the same leave nothing to explain: no term, rather than a division by 0.
+    share = (of_models / to.variance.clamp(min=1e-12)) * (to.variance > 0)
+    return share.sum() / (crosscoder.n_models - 1)
 
 
 def _mean_activation(

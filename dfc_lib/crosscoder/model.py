@@ -50,12 +50,14 @@ class CrosscoderConfig(SAEConfig):
         partition: ``Partition.to_dict()``.
         batchtopk: select over the batch in training (arXiv 2412.06410), by a threshold afterwards.
         tie_shared: a shared feature's decoder rows are equal in all models (normalised units).
+        tie_bias: so is the decoder's bias.
     """
 
     k: int
     partition: dict[str, Any]
     batchtopk: bool = False
     tie_shared: bool = False
+    tie_bias: bool = False
 
     @classmethod
     def architecture(cls) -> str:
@@ -111,6 +113,7 @@ class Crosscoder(SAE[CrosscoderConfig]):
         *,
         batchtopk: bool = False,
         tie_shared: bool = False,
+        tie_bias: bool = False,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         metadata: dict[str, Any] | None = None,
@@ -125,7 +128,9 @@ class Crosscoder(SAE[CrosscoderConfig]):
 
         ``tie_shared`` ties the decoder rows only. A feature *means* what it writes. A tied encoder
         could read nothing but the mean of the streams, which would cost fidelity and push no
-        difference into the exclusive blocks.
+        difference into the exclusive blocks. ``tie_bias``: without it the biases hold the mean
+        difference of two models, and a feature that fires where the difference is *absent* explains
+        it as well as one that fires where it is present.
 
         Args:
             decoder_init_norm: initial norm of a feature's decoder row over all models.
@@ -140,6 +145,7 @@ class Crosscoder(SAE[CrosscoderConfig]):
             partition=partition.to_dict(),
             batchtopk=batchtopk,
             tie_shared=tie_shared,
+            tie_bias=tie_bias,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             metadata=SAEMetadata(**(metadata or {})),
@@ -179,6 +185,7 @@ class Crosscoder(SAE[CrosscoderConfig]):
         self.register_buffer("normaliser_mean", mean.detach())
         self.register_buffer("normaliser_scale", scale)
         self.register_buffer("threshold", torch.zeros((), **options))
+        self.reserved: list[slice] = []  # blocks with a place of their own among the top k
         self.eval()
 
     # -- weights and their constraints
@@ -223,6 +230,8 @@ class Crosscoder(SAE[CrosscoderConfig]):
         if self.cfg.tie_shared:
             tied = [self.W_dec[features] for features in self._tied()]
             found["tied"] = max((float((r - r[:, :1]).abs().amax()) for r in tied), default=0.0)
+        if self.cfg.tie_bias:
+            found["bias"] = float((self.b_dec - self.b_dec[:1]).abs().amax())
         return found
 
     def check_integrity(self) -> None:
@@ -250,6 +259,8 @@ class Crosscoder(SAE[CrosscoderConfig]):
         """Apply the constraints to ``.grad``; for loops that fill it themselves (``in_place``)."""
         self._constrain_encoder_grad_(self.encoder.grad)
         self._constrain_decoder_grad_(self.decoder.grad)
+        if self.cfg.tie_bias:
+            self.b_dec.grad[:] = self.b_dec.grad.sum(0, keepdim=True)
 
     @torch.no_grad()
     def tie_(self) -> None:
@@ -259,6 +270,8 @@ class Crosscoder(SAE[CrosscoderConfig]):
         """
         for features in self._tied():
             self.W_dec[features, 1:] = self.W_dec[features, :1]
+        if self.cfg.tie_bias:
+            self.b_dec[1:] = self.b_dec[:1]
 
     # -- encode and decode, raw units
 
@@ -341,6 +354,8 @@ class Crosscoder(SAE[CrosscoderConfig]):
         return self.hook_sae_input(self.normaliser.apply(x).flatten(1))
 
     def _select(self, preactivations: Code) -> kernels.Pattern:
+        if self.reserved:
+            return kernels.reserved_top_k(preactivations, self.cfg.k, self.reserved)
         if not self.cfg.batchtopk:
             return kernels.top_k(preactivations, self.cfg.k)
         if self.training:

@@ -196,8 +196,13 @@ class Normaliser:
     scale: Float[Tensor, " model"]
 
     @classmethod
-    def fit(cls, activations: Any, batch_size: int = 4096) -> "Normaliser":
+    def fit(cls, activations: Any, batch_size: int = 4096, pooled: bool = False) -> "Normaliser":
         """From all of ``activations``, ``(n, n_models, d_model)`` (see ``iterate_batches``).
+
+        Args:
+            pooled: one mean and one scale for all models, the averages of theirs. Then a difference
+                of two models is the same in normalised units but for the scale: for models that
+                share a frame, such as a model and what was fine-tuned from it.
 
         Raises:
             ValueError: no activations, values that are not finite, or a model whose activations are
@@ -217,12 +222,28 @@ class Normaliser:
             raise ValueError("the activations contain NaN or infinity; lint the activation cache")
         if not bool((variance > 1e-12 * power).all()):
             raise ValueError(f"a model's activations are all equal (variances {variance.tolist()})")
-        return cls(mean.float(), variance.sqrt().float())
+        scale = variance.sqrt()
+        if pooled:
+            mean, scale = (
+                of_all.mean(0, keepdim=True).expand_as(of_all).clone() for of_all in (mean, scale)
+            )
+        return cls(mean.float(), scale.float())
 
     @classmethod
     def identity(cls, n_models: int, d_model: int) -> "Normaliser":
         """Changes nothing; for published checkpoints, which do not say how they were scaled."""
         return cls(torch.zeros(n_models, d_model), torch.ones(n_models))
+
+    def variance_of_differences(self, activations: Any, reference: int) -> Float[Tensor, " model"]:
+        """Variance per dimension, about its mean, of each model minus the reference (there 0)."""
+        n, total, squares = 0, 0.0, 0.0
+        for batch in iterate_batches(activations):
+            z = self.apply(batch.to(self.mean)).double()
+            gap = z - z[:, [reference]]
+            n, total = n + len(gap), total + gap.sum(0)
+            squares = squares + gap.square().sum((0, 2))
+        d_model = self.mean.shape[-1]
+        return (squares / (n * d_model) - (total / n).square().mean(-1)).clamp(min=0).float()
 
     @property
     def is_identity(self) -> bool:

@@ -25,6 +25,18 @@ def train_config(profile: Profile, partition: Partition, **fields: Any) -> Train
     return TrainConfig(partition, **budget | fields)
 
 
+def anchored(steps: int, reference: str = "B") -> dict[str, Any]:
+    """What sets an anchored DFC apart (see :class:`Recipe`), as fields of ``TrainConfig``."""
+    return {
+        "tie_shared": True,
+        "tie_bias": True,
+        "normalise": "pooled_scalar",
+        "reference": reference,
+        "difference_coef": 0.1,
+        "reserved_steps": steps // 2,
+    }
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The crosscoders that the notebooks share: a protocol, trained on one of the shared caches.
@@ -41,6 +53,10 @@ class Recipe:
             token of each text; by default ``all`` when calibrated and ``last`` when published.
         partition: by default a DFC with the profile's exclusive share.
         tie_shared: one decoder row per shared feature for both models.
+        anchored: shared features mean the same in both models in every respect (decoder rows, bias,
+            normaliser), the loss weighs the difference A - B, and for the first half of training
+            A's exclusive block has one of the k places for itself; B is the anchor. What the
+            models differ in is then written by exclusive features, A's first.
         exclusive_coef: penalty on the exclusive features.
         setting: whose activations it learns from; see :meth:`Study.at`.
     """
@@ -50,6 +66,7 @@ class Recipe:
     vectors: Literal["all", "last", ""] = ""
     partition: Partition | None = None
     tie_shared: bool = False
+    anchored: bool = False
     exclusive_coef: float = 0.0
     setting: str = "threshold"
 
@@ -69,17 +86,14 @@ class Recipe:
 
     def config(self, seed: int = 0) -> TrainConfig:
         """The configuration of one run."""
-        p, published = self.profile, self.protocol == "published"
-        return train_config(
-            p,
-            self.partition or Partition.dedicated(p.dict_size, p.exclusive_share),
-            tie_shared=self.tie_shared,
-            exclusive_coef=self.exclusive_coef,
-            variant="published" if published else "exclusive_only",
-            aux_coef=0.0 if published else TrainConfig.aux_coef,
-            normalise="zscore_unstored" if published else "per_model_scalar",
-            seed=seed,
-        )
+        p, partition = self.profile, self.partition
+        fields = {"exclusive_coef": self.exclusive_coef, "tie_shared": self.tie_shared}
+        if self.protocol == "published":
+            fields |= {"variant": "published", "aux_coef": 0.0, "normalise": "zscore_unstored"}
+        if self.anchored:
+            fields |= anchored(p.steps)
+        partition = partition or Partition.dedicated(p.dict_size, p.exclusive_share)
+        return train_config(p, partition, seed=seed, **fields)
 
     def job(self, seed: int = 0) -> Job:
         """What :func:`training.get_all` trains, or finds trained."""
@@ -96,7 +110,7 @@ class Recipe:
 
 def recipes(profile: Profile, setting: str = "threshold") -> dict[str, Recipe]:
     """The DFCs that the notebooks compare, by name: what they learn from, and whether the shared
-    decoder rows are tied; and the published recipe.
+    decoder rows are free, tied, or anchored; and the published recipe.
     """
     variants = {
         f"{vectors} {'tied' if tied else 'untied'}": Recipe(
@@ -104,5 +118,9 @@ def recipes(profile: Profile, setting: str = "threshold") -> dict[str, Recipe]:
         )
         for vectors in ("all", "last")
         for tied in (False, True)
+    }
+    variants |= {
+        f"{vectors} anchored": Recipe(profile, vectors=vectors, anchored=True, setting=setting)
+        for vectors in ("all", "last")
     }
     return variants | {"published": Recipe(profile, "published", setting=setting)}
