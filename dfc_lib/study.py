@@ -89,6 +89,29 @@ class Study:
             position=row.position,
         )
 
+    def replicates(self) -> "dict[str, Study]":
+        """The same setting on every pair beside the profile's own, by the pair's name.
+
+        Each pair's A is its own model near threshold, by the rule of the data card (`near.csv`); in
+        the setting ``final`` it is the last RL checkpoint. Layer, style and position stay.
+        """
+        import pandas as pd
+
+        from dfc_lib.reading import specificity
+
+        studies = {}
+        for name, profile in specificity.replications(self.profile).items():
+            folder = paths.ROOT / profile.pair
+            if folder == paths.ROOT / self.profile.pair:
+                continue
+            near = pd.read_csv(folder / "near.csv")
+            step = int(near.step[near.near].iloc[0])
+            model = profile.final if self.setting == "final" else f"rl/step_{step:04d}"
+            sources = {"A": folder / model, "B": folder / profile.model_b}
+            setting = f"pair_{name}_{self.setting}"
+            studies[name] = replace(self, profile=profile, sources=sources, setting=setting)
+        return studies
+
     # -- what there is
 
     @property
@@ -143,6 +166,51 @@ class Study:
         from dfc_lib.data.activations import Activations
 
         return Activations.open(paths.activations(self.profile.name, self.setting) / name)
+
+    def texts(self, split: str, n: int) -> "pd.DataFrame":
+        """Up to ``n`` tool prompts in the study's style and as many neutral texts, one a row.
+
+        Returns:
+            columns ``text``, ``split``, ``source`` (``tool``, ``neutral``) and ``kind``.
+        """
+        import pandas as pd
+
+        from dfc_lib.data import prompts
+
+        records, style = self.records(split)[:n], self.style or prompts.FIXED_STYLE
+        neutral = self.neutral(split, len(records))
+        columns = {
+            "text": [prompts.chat_text(self.pair.tokenizer, r, style) for r in records] + neutral,
+            "split": split,
+            "source": ["tool"] * len(records) + ["neutral"] * len(neutral),
+            "kind": [r.kind for r in records] + ["prose"] * len(neutral),
+        }
+        return pd.DataFrame(columns)
+
+    def make_cache(
+        self, name: str, texts: "pd.DataFrame", positions: str = "last", progress: bool = True
+    ) -> "Activations":
+        """Cache what both models make of texts (columns as of :meth:`texts`), or find it cached."""
+        from dfc_lib.data import activations, prompts
+
+        return activations.cache(
+            self.pair,
+            prompts.encode(self.pair.tokenizer, texts.text),
+            paths.activations(self.profile.name, self.setting) / name,
+            positions=positions,
+            batch_size=self.profile.batch_generation,
+            meta=texts[["split", "source", "kind"]],
+            progress=progress,
+        )
+
+    def make_last_caches(self, progress: bool = False) -> None:
+        """The caches ``train_last`` and ``ranking_last``, where 01 has not made them."""
+        p = self.profile
+        for name, split, n in (
+            ("train_last", "crosscoder", p.n_crosscoder_texts),
+            ("ranking_last", "ranking", p.n_ranking),
+        ):
+            self.make_cache(name, self.texts(split, n), progress=progress)
 
     @cached_property
     def recipes(self) -> "dict[str, Recipe]":

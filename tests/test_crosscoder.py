@@ -342,7 +342,7 @@ def test_published_loss_equals_the_papers_formula(partition):
     expected = published_loss(f, (z_hat - z).square().mean(), 0.3, 0.7, n, n)
     dead = torch.ones(40, dtype=torch.bool)  # must not matter: published has no auxiliary loss
     total, terms = crosscoder.loss(x, 0.3, 0.7, "published", dead=dead, aux_coef=1.0)
-    assert set(terms) == {"mse", "l1_shared", "l1_exclusive", "aux"}
+    assert set(terms) == {"mse", "l1_shared", "l1_exclusive", "aux", "difference"}
     torch.testing.assert_close(
         torch.stack([total, terms["l1_shared"], terms["l1_exclusive"], terms["aux"]]),
         torch.stack([*expected, torch.zeros((), dtype=torch.float64)]),

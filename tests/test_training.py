@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from dfc_lib import profiles, provenance
-from dfc_lib.crosscoder import loop, training
+from dfc_lib.crosscoder import loop, losses, recipes, training
 from dfc_lib.crosscoder.batches import Batches
 from dfc_lib.crosscoder.fidelity import fidelity
 from dfc_lib.crosscoder.model import Crosscoder
@@ -127,8 +127,13 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @needs_fork
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"batchtopk": True}, {"tie_shared": True, "normalise": "zscore_unstored"}],
-    ids=["topk", "batchtopk", "tied-zscore"],
+    [
+        {},
+        {"batchtopk": True},
+        {"tie_shared": True, "normalise": "zscore_unstored"},
+        recipes.anchored(40),
+    ],
+    ids=["topk", "batchtopk", "tied-zscore", "anchored"],
 )
 def test_kill_9_at_random_steps_then_resume_gives_bit_identical_weights(tmp_path, fields):
     config = changed(**fields)
@@ -288,6 +293,64 @@ def test_tied_rows_are_exactly_equal_and_untied_ones_are_not(tmp_path):
     assert not torch.equal(untied.W_dec[shared, 0], untied.W_dec[shared, 1])
 
 
+def test_an_anchored_dfc_writes_the_difference_with_its_exclusive_features_alone(tmp_path):
+    crosscoder = quiet(changed(**recipes.anchored(CONFIG.steps)), tmp_path)
+    assert crosscoder.integrity() == {"encoder": 0.0, "decoder": 0.0, "tied": 0.0, "bias": 0.0}
+    scale, mean = crosscoder.normaliser.scale, crosscoder.normaliser.mean
+    assert torch.equal(scale[0], scale[1])
+    assert torch.equal(mean[0], mean[1])
+    code = crosscoder.encode(X)
+    of_a, of_b = crosscoder.decode(code).unbind(1)
+    own = [
+        code[:, crosscoder.partition.slice(f"{m}_exclusive")]
+        @ crosscoder.decoder_rows(m, crosscoder.partition.slice(f"{m}_exclusive"))
+        for m in "AB"
+    ]
+    torch.testing.assert_close(of_a - of_b, own[0] - own[1], rtol=1e-4, atol=1e-4)
+    assert crosscoder.reserved == []  # in use there is one top k
+
+
+def test_the_difference_term_is_the_share_that_is_left_and_nothing_where_models_are_equal():
+    normaliser = Normaliser.fit(X, pooled=True)
+    crosscoder = Crosscoder.create(D_MODEL, CONFIG.partition, CONFIG.k, normaliser, tie_shared=True)
+    forward = crosscoder.forward_sparse(X)
+    z = forward.z.view(len(X), 2, D_MODEL)
+    gap, z_hat = z[:, 0] - z[:, 1], forward.reconstruction.view(z.shape)
+    variance = normaliser.variance_of_differences(X, 1)
+    torch.testing.assert_close(variance, torch.tensor([float(gap.var(0, False).mean()), 0.0]))
+    found = losses.terms(
+        crosscoder, forward, "exclusive_only", differences=losses.Differences(1, variance)
+    )["difference"]
+    left = (gap - (z_hat[:, 0] - z_hat[:, 1])).square().mean() / gap.var(0, False).mean()
+    torch.testing.assert_close(found, left)
+    same = X[:, :1].expand_as(X)
+    nothing = losses.Differences(1, normaliser.variance_of_differences(same, 1))
+    term = losses.terms(
+        crosscoder, crosscoder.forward_sparse(same), "exclusive_only", differences=nothing
+    )["difference"]
+    term.backward()
+    assert float(term.detach()) == 0
+    assert bool(torch.isfinite(crosscoder.decoder.grad).all())
+
+
+def test_a_reserved_block_has_its_place_for_as_long_as_it_is_reserved(tmp_path):
+    config = changed(**recipes.anchored(CONFIG.steps) | {"log_every": 1, "aux_coef": 0.0})
+    run, a = (
+        loop.Run(config, Batches(config, X, None), tmp_path),
+        config.partition.slice("A_exclusive"),
+    )
+    run.resume()
+    assert config.reserved == [a]
+    for step in range(config.reserved_steps + 1):
+        run.train_step(run.batches.batch(step))
+        pattern = run.crosscoder.forward_sparse(X).pattern
+        in_a = ((pattern.feature >= a.start) & (pattern.feature < a.stop)).float()
+        per_sample = in_a.view(len(X), config.k).sum(1)
+        if step < config.reserved_steps:
+            assert bool((per_sample == 1).all())
+    assert not bool((per_sample == 1).all())
+
+
 def test_every_epoch_visits_every_sample_once_and_steps_are_reproducible_in_any_order():
     data = Batches(CONFIG, X, None)
     steps = [data.indices(s) for s in range(15)]  # 480 samples: three epochs of 150 and a bit
@@ -422,13 +485,18 @@ def test_the_key_ignores_what_cannot_change_the_weights_and_nothing_else():
         "decay_steps": 1, "clip_norm": 0.0, "shared_coef": 1.0, "exclusive_coef": 1.0,
         "variant": "published", "aux_coef": 0.0, "dead_steps": 4,
         "decoder_init_norm": 1.0, "normalise": "zscore_unstored", "seed": 1, "log_every": 2,
-        "dtype": "float64",
+        "dtype": "float64", "tie_bias": True, "reference": "B", "difference_coef": 0.1,
+        "reserved_steps": 5,
     }  # fmt: skip
     assert values.keys() == {f.name for f in dataclasses.fields(CONFIG)} - {
         "checkpoint_every",
         "device",
     }
-    keys = {config_key(changed(**{name: value}), "data") for name, value in values.items()}
+    compared = {"difference_coef": {"reference": "B"}, "reserved_steps": {"reference": "B"}}
+    keys = {
+        config_key(changed(**{name: value} | compared.get(name, {})), "data")
+        for name, value in values.items()
+    }
     assert len(keys | {key}) == len(values) + 1
 
 
@@ -465,6 +533,8 @@ def test_a_finished_run_is_returned_without_training(tmp_path, monkeypatch):
     [
         {"variant": "paper"}, {"normalise": "zscore"}, {"dtype": "bfloat16"}, {"steps": 0},
         {"k": 0}, {"k": 49}, {"batch_size": 0}, {"log_every": 0},
+        {"reference": "", "difference_coef": 0.1}, {"reference": "C", "reserved_steps": 5},
+        {"k": 1, "reference": "B", "reserved_steps": 5},
     ],
 )  # fmt: skip
 def test_a_bad_configuration_is_refused_by_field(fields):
