@@ -30,11 +30,8 @@ class Lens:
     Attributes:
         model: the Hugging Face model, left as it is.
         bridge: a ``TransformerBridge`` around a copy of its modules; the weights are not copied.
-        ids: prompts as token ids, of any lengths; padded on the left, so that all end together.
-        batch_size: prompts that are run at once.
-
-    Raises:
-        ValueError: there are no prompts.
+        ids: prompts as token ids, of any lengths (at least one, else ``ValueError``); they are
+            padded on the left, so that all end together, and ``batch_size`` of them run at once.
     """
 
     def __init__(
@@ -47,22 +44,21 @@ class Lens:
         weights = {id(w): w for w in (*model.parameters(), *model.buffers())}
         self.model, self.ids, self.batch_size = model, list(ids), batch_size
         # It rewires the model that it wraps and sets the tokenizer's special tokens.
+        inner, tokenizer = copy.deepcopy(model, weights), copy.deepcopy(tokenizer)
+        its = {"device": model.device, "dtype": model.dtype}
         self.bridge = TransformerBridge.boot_transformers(
-            model.config.model_type,
-            hf_model=copy.deepcopy(model, weights),
-            tokenizer=copy.deepcopy(tokenizer),
-            device=model.device,
-            dtype=model.dtype,
+            model.config.model_type, hf_model=inner, tokenizer=tokenizer, **its
         )
 
     def batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Which prompts, their ids (prompt, token), and a mask that is zero at padding."""
         for start in range(0, len(self.ids), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            some, longest = self.ids[rows], max(map(len, self.ids[rows]))
-            tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in some])
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some])
-            yield rows, tokens.to(self.model.device), mask.to(self.model.device)
+            pad = [max(map(len, self.ids[rows])) - len(p) for p in self.ids[rows]]
+            tokens = [[0] * n + list(p) for n, p in zip(pad, self.ids[rows], strict=True)]
+            mask = [[0] * n + [1] * len(p) for n, p in zip(pad, self.ids[rows], strict=True)]
+            device = self.model.device
+            yield rows, torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
     @torch.no_grad()
     def run(
@@ -87,13 +83,8 @@ class Lens:
             for (name, head), x in (heads or {}).items():
                 hooks.append((name, partial(_put, head=head, values=x[rows])))
             with self.bridge.hooks(fwd_hooks=hooks):
-                out, cache = self.bridge.run_with_cache(
-                    tokens,
-                    attention_mask=mask,
-                    names_filter=list(keep),
-                    pos_slice=-1,
-                    output_attentions=False,
-                )
+                look = {"names_filter": list(keep), "pos_slice": -1, "output_attentions": False}
+                out, cache = self.bridge.run_with_cache(tokens, attention_mask=mask, **look)
             logits.append(out[:, -1].float().cpu())
             for name, found in kept.items():
                 found.append(cache[name][:, 0].float().cpu())
