@@ -247,6 +247,50 @@ def ex10_3(answer: Crosscoder, look: torch.Tensor) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------
+# 12 · The circuit
+
+
+@exercise
+def ex12_1(answer: float, parts: pd.DataFrame) -> str | None:
+    """The share of the gap that all MLPs write; parts: A - B by prompt and part."""
+    means = parts.mean()
+    kind, whole = means.index.str.split().str[0], means.sum()
+    mlps = means[kind == "MLP"]
+    slips = {
+        mlps.sum(): "this is what they write; divide by the whole gap",
+        mlps.max() / whole: "this is one MLP; take those of all blocks",
+        means[kind == "head"].sum() / whole: "these are the heads",
+        1 - means[kind == "head"].sum() / whole: "the embedding is no MLP",
+    }
+    return number(answer, mlps.sum() / whole, 0.005, slips)
+
+
+@exercise
+def ex12_2(
+    answer: torch.Tensor,
+    unit: torch.Tensor,
+    norm_weight: torch.Tensor,
+    W_U: torch.Tensor,
+    scale: float,
+) -> str | None:
+    """What one unit of a direction adds to the logits while the final norm's divisor is held."""
+    found = torch.as_tensor(answer, dtype=torch.float32)
+    right = W_U @ (norm_weight * unit) / scale
+    if found.shape != right.shape:
+        return f"the answer has the shape {tuple(found.shape)}; it should be {tuple(right.shape)}"
+    slips = {
+        "the divisor is left out": right * scale,
+        "the norm's weight is left out": W_U @ unit / scale,
+        "the norm's weight and divisor are left out": W_U @ unit,
+        "logits are not centred here": right - right.mean(),
+    }
+    if torch.allclose(found, right, rtol=1e-3, atol=1e-5):
+        return None
+    near = (why for why, slip in slips.items() if torch.allclose(found, slip, rtol=1e-3, atol=1e-5))
+    return next(near, "multiply the direction by the norm's weight, divide, then apply W_U")
+
+
+# ---------------------------------------------------------------------------------------------
 # 13 · Public records
 
 

@@ -82,6 +82,9 @@ TABLES = pd.DataFrame(
     columns=["variant", "seed", "contrast", "block", "fire_rate_positive", "fire_rate_negative"],
 )  # fmt: skip
 H = torch.tensor([[[3.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [1.0, 0.0]]])
+PARTS = pd.DataFrame({"embedding": [1.0], "head 0.0": [4.0], "MLP 0": [3.0], "MLP 1": [2.0]})
+UNIT, WEIGHT = torch.tensor([0.6, 0.8]), torch.tensor([1.0, 3.0])
+W_U = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, -1.0], [4.0, 4.0]])
 GAIN, SD = pd.Series([20.0, 30.0, 25.0, 25.0]), 40.0
 OF_RUNS = GAIN.var() / 4
 RATIO = float(np.sqrt((OF_RUNS + SD**2 / 1000) / (OF_RUNS + SD**2 / 100)))
@@ -142,6 +145,22 @@ CASES = {  # name: (what it is given, the solution, a wrong answer and what is s
         mirrored(),
         (crosscoder(), "no exclusive pair"),
         (mirrored(encoder=False), "together on a share"),
+    ),
+    "ex12_1": (
+        (PARTS,),
+        0.5,
+        (5.0, "divide by the whole gap"),
+        (0.3, "one MLP"),
+        (0.4, "the heads"),
+        (0.6, "embedding"),
+    ),
+    "ex12_2": (
+        (UNIT, WEIGHT, W_U, 2.0),
+        W_U @ (WEIGHT * UNIT) / 2,
+        (W_U @ (WEIGHT * UNIT), "divisor is left out"),
+        (W_U @ UNIT / 2, "weight is left out"),
+        (W_U @ UNIT, "weight and divisor"),
+        (torch.zeros(3), "the shape (3,)"),
     ),
     "ex13_1": ((GAIN, SD), RATIO, (0.1**0.5, "the part of the runs stays"), (RATIO**2, "square")),
     "ex13_2": ((), 1.0, (0.0, "every one does")),
