@@ -184,9 +184,9 @@ def load_metrics(directory: str | Path) -> pd.DataFrame:
     """The metrics of a run, one row per logged step.
 
     Columns: ``step`` (from 1), ``lr``, ``loss``, ``mse``, ``l1_shared``, ``l1_exclusive``, ``aux``,
-    ``difference`` (0 where the loss has no such term), per model ``fve_<model>``, per block ``l0_<block>`` (mean active features per sample) and
-    ``dead_<block>`` (share of features silent for ``dead_steps``). All measured on the step's own
-    batch, before its update.
+    ``difference`` (0 where the loss has no such term), per model ``fve_<model>``, per block
+    ``l0_<block>`` (mean active features per sample) and ``dead_<block>`` (share of features silent
+    for ``dead_steps``). All measured on the step's own batch, before its update.
     """
     path = Path(directory) / METRICS_FILE
     if not path.is_file():

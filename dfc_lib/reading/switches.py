@@ -4,7 +4,7 @@ Being discriminative against prose is not being the switch: a feature is ranked 
 it out does to the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dfc_lib import paths
@@ -21,13 +21,18 @@ RECIPE = "last tied"  # how it was trained
 LIVE = 0.05  # a feature counts if it fires on at least this share of tool prompts
 
 
-def ablations(study: "Study", crosscoders: "Mapping[int, Crosscoder]") -> "pd.DataFrame":
+def ablations(
+    study: "Study",
+    crosscoders: "Mapping[int, Crosscoder]",
+    blocks: Sequence[str] = ("A_exclusive", "shared"),
+) -> "pd.DataFrame":
     """What A's propensity becomes on the selection prompts when one feature is taken out.
 
     Of B-exclusive features nothing is asked: they do not write to A.
 
     Args:
         crosscoders: by seed.
+        blocks: those whose features are taken out.
 
     Returns:
         one line per feature that fires on at least :data:`LIVE` of the tool prompts of the ranking
@@ -43,7 +48,7 @@ def ablations(study: "Study", crosscoders: "Mapping[int, Crosscoder]") -> "pd.Da
     for seed, crosscoder in crosscoders.items():
         codec = Codec(crosscoder)
         fires = (crosscoder.encode(streams) > 0).float().mean(0).tolist()
-        for block in ("A_exclusive", "shared"):
+        for block in blocks:
             of_block = range(crosscoder.d_dict)[crosscoder.partition.slice(block)]
             for feature in (i for i in of_block if fires[i] >= LIVE):
                 cells["ablated", seed, feature] = Steer(codec, (feature,), 0.0)
