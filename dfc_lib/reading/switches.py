@@ -55,9 +55,10 @@ def ablations(
                 found.append((seed, block, feature, fires[feature]))
     frame = study.propensity(cells, records, levels=("cell", "seed", "feature"))
     table = pd.DataFrame(found, columns=["seed", "block", "feature", "fires"])
+    table = table.astype({"seed": int, "feature": int, "fires": float})  # also where there is none
     table["clean"] = frame[frame.cell == "clean"].propensity.mean()
     ablated = frame[frame.cell == "ablated"].groupby(["seed", "feature"]).propensity.mean()
     names = table[["seed", "feature"]].itertuples(index=False, name=None)
-    table["ablated"] = [ablated[name] for name in names]
+    table["ablated"] = pd.Series([ablated[name] for name in names], dtype=float)
     table["change"] = table.ablated - table.clean
     return table.sort_values("change", ignore_index=True)
