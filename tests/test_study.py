@@ -98,6 +98,47 @@ def test_ids_are_the_prompt_in_its_style(study):
     assert study.ids([record]) != study.ids([record], prompts.TRAINING_STYLES[0])
 
 
+def test_texts_are_prompts_in_the_studys_style_and_as_much_prose(study):
+    texts = study.texts("crosscoder", 5)
+    assert texts.source.tolist() == ["tool"] * 5 + ["neutral"] * 5
+    assert texts.kind.tolist() == [r.kind for r in study.records("crosscoder")[:5]] + ["prose"] * 5
+    assert set(texts.split) == {"crosscoder"}
+    assert prompts.encode(study.pair.tokenizer, texts.text[:5]) == study.ids(
+        study.records("crosscoder")[:5]
+    )
+    styled = replace(study, style=prompts.TRAINING_STYLES[0]).texts("crosscoder", 5)
+    assert not set(styled.text[:5]) & set(texts.text[:5])
+    assert styled.text[5:].tolist() == texts.text[5:].tolist()
+
+
+def test_replicates_are_the_other_pairs_near_their_own_threshold(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("DFC_BUILD", str(tmp_path))
+    small = replace(PROFILE, n_crosscoder_texts=6, n_ranking=4)
+    own, card = Study(small, style=prompts.FIXED_STYLE), paths.ROOT / small.pair
+    found = own.replicates()
+    assert sorted([*found, card.name]) == sorted(
+        folder.name for folder in card.parent.iterdir() if folder.name.isdigit()
+    )
+    for name, other in found.items():
+        near = pd.read_csv(card.parent / name / "near.csv").set_index("step").near
+        assert other.sources["A"].name == f"step_{near.idxmax():04d}"
+        assert other.sources["A"].parents[1] == other.sources["B"].parent == card.parent / name
+        assert (other.layer, other.style, other.position) == (own.layer, own.style, own.position)
+    name, other = next(iter(found.items()))
+    other.make_last_caches()
+    made = {n: other.cache(n) for n in ("train_last", "ranking_last")}
+    assert [made[n].n for n in made] == [12, 8]
+    assert {cache.directory.parent.name for cache in made.values()} == {f"pair_{name}_threshold"}
+    of_a = activations.residual(
+        other.pair.models["A"],
+        other.pair.layer,
+        torch.tensor([other.ids(other.records("ranking")[:1])[0]]),
+    )
+    assert torch.allclose(made["ranking_last"].gather([0])[0, 0], of_a[0, -1], atol=1e-4)
+    dfc = other.crosscoders(["last anchored"], [0])["last anchored", 0]
+    assert dfc.cfg.tie_bias
+
+
 def test_crosscoders_come_by_recipe_and_seed_and_are_trained_once(study, monkeypatch):
     found = study.crosscoders(["last tied", "published"], seeds=[0, 3], progress=False)
     assert list(found) == [(r, s) for r in ("last tied", "published") for s in (0, 3)]

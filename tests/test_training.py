@@ -712,3 +712,5 @@ def test_a_recipe_trains_from_its_cache_and_the_protocols_differ(tmp_path, monke
     assert recipes["tied"].metrics(seed=1).step.tolist() == [1, 3]
     with pytest.raises(ValueError, match="protocol='other'"):
         Recipe(profile, "other")
+    with pytest.raises(ValueError, match="anchored=True"):
+        Recipe(profile, "published", anchored=True)

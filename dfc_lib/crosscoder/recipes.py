@@ -75,6 +75,8 @@ class Recipe:
             raise ValueError(f"protocol={self.protocol!r}: 'calibrated' or 'published'")
         if self.vectors not in ("all", "last", ""):
             raise ValueError(f"vectors={self.vectors!r}: 'all' or 'last'")
+        if self.anchored and self.protocol == "published":
+            raise ValueError("anchored=True goes with protocol='calibrated' only")
 
     @cached_property
     def activations(self) -> Activations:
