@@ -26,6 +26,7 @@ html_theme = "furo"
 pygments_dark_style = "github-dark"  # furo's own underlines every module
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
 html_title = "RL-induced tool use, feature by feature"
 html_extra_path = ["extra"]
 html_math_renderer = "mathml"

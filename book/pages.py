@@ -6,6 +6,7 @@
 - The landing page (``index.md``) is a template; its numbers come from the CSVs of ``figures/``.
 - Mathematics becomes MathML, which browsers show without a script or a font from elsewhere.
 - Every page says in its head what a link to it shows when it is shared.
+- The headings of the list of pages say which level they have.
 """
 
 import ast
@@ -242,6 +243,15 @@ def describe(
         context["metatags"] += f'\n<meta property="{name}" content="{content}">'
 
 
+def give_captions_a_level(
+    app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Sphinx makes captions of the list of pages headings of no level, which readers aloud need."""
+    role = 'role="heading"'
+    tree = context["furo_navigation_tree"]
+    context["furo_navigation_tree"] = tree.replace(role, f'{role} aria-level="2"')
+
+
 converter = math_core.LatexToMathML()
 
 
@@ -270,4 +280,5 @@ def setup(app: Sphinx) -> dict:
     app.connect("source-read", fill_landing_page)
     app.connect("source-read", lift_links)
     app.connect("html-page-context", describe)
+    app.connect("html-page-context", give_captions_a_level, priority=900)  # once furo has the list
     return {"parallel_read_safe": True, "parallel_write_safe": True}

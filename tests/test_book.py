@@ -19,6 +19,7 @@ from dfc_lib import paths, profiles
 from dfc_lib.results import figures
 
 WIDTHS = (1280, 400)
+AUDITED = ("notebooks/05_steering", "notebooks/14_scorecard")
 # What makes a browser ask for something without being told to; a link does not.
 LOADING = {
     "script": "src",
@@ -261,3 +262,26 @@ def test_no_page_scrolls_sideways_or_leaves_its_folder(book, pages, browser):
     context.close()
     assert wide == {}
     assert [url for url in asked if not url.startswith((book.as_uri(), "data:"))] == []
+
+
+@pytest.mark.parametrize("page", ["index", "dial", "dial/index", *AUDITED])
+def test_axe_finds_nothing_serious(book, browser, page):
+    """What keeps a reader out who has no mouse, or who listens to the page."""
+    api = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
+    )
+    context = browser.new_context()
+    tab = context.new_page()
+    found = []
+    for width in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.goto((book / f"{page}.html").as_uri())
+        tab.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        # Letters have the same colours at every width, and to compare these takes longest.
+        rules = {"color-contrast": {"enabled": width == WIDTHS[0]}}
+        options = {"resultTypes": ["violations"], "rules": rules}
+        for rule in api.Axe().run(tab, options=options).response["violations"]:
+            if rule["impact"] in ("serious", "critical"):
+                found += [(width, rule["id"], node["html"][:200]) for node in rule["nodes"]]
+    context.close()
+    assert found == []
