@@ -183,6 +183,7 @@ def findings(figures: Path) -> dict:
         "n_random": int(directions.what.isin(["isotropic", "covariance"]).sum()),
         "base": points("base, threshold"),
         "base_final": points("base, final"),
+        "anchored": work(on[on.variant == "last anchored"]),
         "tied": work(on[on.variant == "last tied"]),
         "untied": work(on[on.variant == "last untied"]),
         "seeds": int((blocks.variant == "last tied").sum()),

@@ -93,12 +93,16 @@ class Study:
         """The same setting on every pair beside the profile's own, by the pair's name.
 
         Each pair's A is its own model near threshold, by the rule of the data card (`near.csv`); in
-        the setting ``final`` it is the last RL checkpoint. Layer, style and position stay.
+        the setting ``final`` it is the last RL checkpoint. Layer, style and position stay. A pair
+        without that file has none beside it.
         """
         import pandas as pd
 
         from dfc_lib.reading import specificity
 
+        p = self.profile
+        if not p.pair or not (paths.ROOT / p.pair / "near.csv").is_file():
+            return {}
         studies = {}
         for name, profile in specificity.replications(self.profile).items():
             folder = paths.ROOT / profile.pair
@@ -111,6 +115,14 @@ class Study:
             setting = f"pair_{name}_{self.setting}"
             studies[name] = replace(self, profile=profile, sources=sources, setting=setting)
         return studies
+
+    def pairs(self) -> "dict[str, Study]":
+        """This study and its :meth:`replicates` by the pair's name, their last tokens cached."""
+        own = Path(self.profile.pair or self.profile.name).name
+        others = self.replicates()
+        for of_pair in others.values():
+            of_pair.make_last_caches()
+        return {own: self} | others
 
     # -- what there is
 

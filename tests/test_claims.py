@@ -198,12 +198,13 @@ def primary(id, *numbers, **more):
 
 
 def test_every_reading_is_judged_in_the_order_of_the_claims(saved):
-    half = found(0.2, 0.1, 0.3, claim="C1")
+    near = claims.CLAIMS[0].stand_in
+    half = found(0.2, 0.1, 0.3, claim="C1", id=near)
     profile = saved(found(0.0, -0.01, 0.01, claim="C6"), half, replace(half, id="other"))
     table = claims.details(profile)
     table = table[table.id != ""]
     assert table[["claim", "id", "effect", "verdict", "primary"]].to_numpy().tolist() == [
-        ["C1", "calibrated", 0.2, "holds", True],
+        ["C1", near, 0.2, "holds", True],
         ["C1", "other", 0.2, "holds", False],
         ["C6", "calibrated", 0.0, "holds", True],
     ]

@@ -2,10 +2,11 @@
 
 from math import isnan
 
+import numpy as np
 import pytest
 
 from dfc_lib import paths, profiles
-from dfc_lib.results import readings
+from dfc_lib.results import claims, readings
 from dfc_lib.results.readings import Reading
 
 SMOKE = profiles.PROFILES["smoke"]
@@ -66,3 +67,29 @@ def test_readings_of_recorded_outcomes_stand_apart(tmp_path):
     assert len(readings.load_readings(SMOKE)) == 2  # nor is it missed
     readings.save_readings("13", [reading("C5")], SMOKE)
     assert readings.load_readings(SMOKE).notebook.tolist() == ["05_steering", "06_spillover"]
+
+
+def test_a_reading_over_runs_resamples_runs_and_prompts():
+    rng = np.random.default_rng(0)
+    of_pairs = np.array([[0.1], [0.2], [0.3]]) + 0.01 * rng.normal(size=(3, 50))
+    fixed = {"seed": 1, "n_bootstrap": 2_000}
+    one = readings.over_runs(
+        "C1", "x", "what", of_pairs, ("patch", of_pairs + 0.3), ("mean", of_pairs - 0.1), **fixed
+    )
+    assert (one.n, one.unit, one.interval) == (3, "pairs", "95 % bootstrap over pairs and prompts")
+    assert one.effect == pytest.approx(of_pairs.mean())
+    assert one.low < 0.13  # the pairs differ, so the interval reaches to the lowest of them
+    assert one.high > 0.27
+    assert (one.over, one.over_low, one.over_high) == pytest.approx((0.1, 0.1, 0.1))  # paired
+    assert one.positive_effect == pytest.approx(of_pairs.mean() + 0.3)
+    alike = readings.over_runs("C1", "x", "what", of_pairs[:1], ("patch", of_pairs[:1]), **fixed)
+    assert alike.interval == "95 % bootstrap over prompts (one of pairs)"
+    assert alike.high - alike.low < 0.01
+
+
+@pytest.mark.parametrize("values", [[], np.zeros((3, 5))])
+def test_a_change_of_length_zero_is_no_reading(values):
+    one = readings.over_runs("C1", "x", "", values, ("patch", np.ones((1, 5))), ("mean", [[1.0]]))
+    assert np.isnan([one.effect, one.low, one.high, one.over]).all()
+    assert (one.n, one.positive_effect) == (0, 1.0)
+    assert not claims.testable(claims.CLAIMS[0], one)

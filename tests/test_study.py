@@ -137,6 +137,18 @@ def test_replicates_are_the_other_pairs_near_their_own_threshold(study, monkeypa
     assert torch.allclose(made["ranking_last"].gather([0])[0, 0], of_a[0, -1], atol=1e-4)
     dfc = other.crosscoders(["last anchored"], [0])["last anchored", 0]
     assert dfc.cfg.tie_bias
+    pairs = own.pairs()  # this one first; the others ready for crosscoders
+    assert (next(iter(pairs)), pairs[card.name]) == (card.name, own)
+    assert sorted(pairs) == sorted([*found, card.name])
+    assert all(pairs[name].cache("train_last").n == 12 for name in found)
+
+
+def test_a_pair_without_a_card_stands_alone(study):
+    profile = replace(PROFILE, pair="data/pairs/prose")
+    assert Study(profile).replicates() == {}
+    assert list(Study(profile).pairs()) == ["prose"]
+    hub = replace(PROFILE, pair=None)
+    assert list(Study(hub).pairs()) == [hub.name]
 
 
 def test_crosscoders_come_by_recipe_and_seed_and_are_trained_once(study, monkeypatch):

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dfc_lib.crosscoder.model import Crosscoder
     from dfc_lib.study import Study
 
-SHIPPED = paths.DATA / "crosscoder" / "last_tied"  # one crosscoder of the embedded pair
-RECIPE = "last tied"  # how it was trained
+SHIPPED = paths.DATA / "crosscoder" / "last_anchored"  # one crosscoder of the embedded pair
+RECIPE = "last anchored"  # how it was trained
 LIVE = 0.05  # a feature counts if it fires on at least this share of tool prompts
 
 

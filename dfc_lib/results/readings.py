@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dfc_lib import paths
 from dfc_lib.results import figures
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import ArrayLike
 
     from dfc_lib.profiles import Profile
 
@@ -57,6 +60,52 @@ class Reading:
     positive_low: float = nan
     positive_high: float = nan
     note: str = ""
+
+
+def over_runs(
+    claim: str,
+    id: str,
+    what: str,
+    values: "ArrayLike",
+    positive: "tuple[str, ArrayLike]",
+    control: "tuple[str, ArrayLike] | None" = None,
+    *,
+    unit: str = "pairs",
+    seed: int = 0,
+    n_bootstrap: int = 10_000,
+    **more: Any,
+) -> Reading:
+    """The reading of a change that several runs show on the same prompts.
+
+    The effect, the margin over the control and the positive control are means with bootstrap
+    intervals over both runs and prompts (over prompts alone where there is one run).
+
+    Args:
+        values: (runs, prompts). Empty, or zero throughout: nothing was changed, so the effect and
+            the margin are NaN.
+        positive: the positive control's name and its (runs, prompts).
+        control: the strongest control's name and its (runs, prompts), paired with ``values``.
+        unit: what a run is, in words, plural.
+        more: further fields of the reading.
+    """
+    from dfc_lib.results import tables
+
+    def ends(middle: str, start: str, runs: "ArrayLike") -> dict[str, float]:
+        names = middle, f"{start}low", f"{start}high"
+        row = tables.over_runs_and_prompts(np.atleast_2d(runs), seed, n_bootstrap)
+        return dict(zip(names, (row["estimate"], row["low"], row["high"]), strict=True))
+
+    n = len(values) if np.any(values) else 0
+    fields = {"effect": nan, "low": nan, "high": nan}
+    if n:
+        fields |= ends("effect", "", values)
+    if n and control:
+        fields |= {"control": control[0], "control_effect": float(np.mean(control[1]))}
+        fields |= ends("over", "over_", np.subtract(values, control[1]))
+    fields |= {"positive_control": positive[0]} | ends("positive_effect", "positive_", positive[1])
+    many = f"{unit} and prompts" if n != 1 else f"prompts (one of {unit})"
+    fields |= {"unit": unit, "n": n, "interval": f"95 % bootstrap over {many}"}
+    return Reading(claim=claim, id=id, what=what, **fields | more)
 
 
 def save_readings(number: str, readings: Sequence[Reading], profile: "Profile") -> "pd.DataFrame":
