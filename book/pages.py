@@ -198,7 +198,7 @@ def findings(figures: Path) -> dict:
         "key": next(
             row
             for row in json.loads((figures / "manifest.json").read_text(encoding="utf-8"))
-            if row["id"] == "05_switch"
+            if row["id"] == "05_hero"
         ),
         "escape": escape,
     }
