@@ -107,7 +107,8 @@ def crosscoders(untied: TrainConfig, d_model: int) -> dict[str, Method]:
         untied.partition.model_names,
         untied.partition.dict_size,
         d_model,
-        steps=max(1, untied.steps // 3),  # each costs about three of the others
+        k=min(4 * untied.k, untied.partition.dict_size),
+        steps=max(1, untied.steps // 2),  # each takes about twice as long as the others'
         **budget,
     )
     ways = [
