@@ -8,7 +8,7 @@ fits any profile. It stands beside the notebooks and not in the library: no resu
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from math import comb, isnan
+from math import comb, exp, isnan, lgamma, pi
 from typing import Any
 
 import numpy as np
@@ -704,6 +704,43 @@ def ex10_3(answer: Crosscoder, look: torch.Tensor) -> str | None:
     if not (pairs.overlap > 0.5).any():
         return f"the two fire together on a share of {pairs.overlap.max():.2f} only"
     return None
+
+
+# ---------------------------------------------------------------------------------------------
+# 11 · Other ways
+
+
+@exercise
+def ex11_1(answer: float, d_model: int) -> str | None:
+    """The mean absolute cosine of two random directions."""
+    right = exp(lgamma(d_model / 2) - lgamma((d_model + 1) / 2)) / pi**0.5
+    slips = {
+        0.0: "that is the mean of the cosine; stability takes its absolute value",
+        d_model**-0.5: "that is the root mean square; take the mean of the absolute value",
+        1 / d_model: "that is the mean square; take the mean of the absolute value",
+    }
+    return number(answer, right, 0.02 * right, slips)
+
+
+@exercise
+def ex11_2(answer: torch.Tensor, mean_gap: torch.Tensor, u: torch.Tensor) -> str | None:
+    """What is left of the mean difference without its part along a vector of any length."""
+    found = torch.as_tensor(answer, dtype=torch.float32)
+    if found.shape != mean_gap.shape:
+        return f"the answer has the shape {tuple(found.shape)}; it should be {tuple(u.shape)}"
+    along = (mean_gap @ u) / (u @ u) * u
+    right = mean_gap - along
+    slips = {
+        "this is the part along u; give the rest": along,
+        "u is not of unit length: divide by u @ u": mean_gap - (mean_gap @ u) * u,
+        "divide by u @ u, the squared length": mean_gap - (mean_gap @ u) / u.norm() * u,
+        "leave the rest as long as it is": right / right.norm(),
+    }
+    size = {"rtol": 1e-3, "atol": 1e-4 * float(mean_gap.norm())}
+    if torch.allclose(found, right, **size):
+        return None
+    near = (why for why, slip in slips.items() if torch.allclose(found, slip, **size))
+    return next(near, "subtract the projection of mean_gap on u")
 
 
 # ---------------------------------------------------------------------------------------------

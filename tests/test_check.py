@@ -90,6 +90,7 @@ H = torch.tensor([[[3.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [1.0, 0.0]]])
 PARTS = pd.DataFrame({"embedding": [1.0], "head 0.0": [4.0], "MLP 0": [3.0], "MLP 1": [2.0]})
 SAID, WEIGHT = torch.tensor([0.6, 0.8]), torch.tensor([1.0, 3.0])
 W_U = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, -1.0], [4.0, 4.0]])
+GAP, ALONG = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0])
 GAIN, SD = pd.Series([20.0, 30.0, 25.0, 25.0]), 40.0
 OF_RUNS = GAIN.var() / 4
 RATIO = float(np.sqrt((OF_RUNS + SD**2 / 1000) / (OF_RUNS + SD**2 / 100)))
@@ -504,6 +505,21 @@ CASES = {  # name: (what it is given, the solution, a wrong answer and what is s
         mirrored(),
         (crosscoder(), "no exclusive pair"),
         (mirrored(encoder=False), "together on a share"),
+    ),
+    "ex11_1": (
+        (128,),
+        0.0705,
+        (0.0, "its absolute value"),
+        (128**-0.5, "root mean square"),
+        (0.2, "too large"),
+    ),
+    "ex11_2": (
+        (GAP, 2 * ALONG),
+        torch.tensor([1.0, 0.0]),
+        (torch.tensor([0.0, 3.0]), "give the rest"),
+        (torch.tensor([1.0, -9.0]), "not of unit length"),
+        (torch.tensor([1.0, -3.0]), "squared length"),
+        (torch.tensor([1.0, 0.0, 0.0]), "has the shape"),
     ),
     "ex12_1": (
         (PARTS,),
