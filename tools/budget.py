@@ -142,8 +142,12 @@ def answers(profile: Profile) -> int:
 
 
 def crosscoders(profile: Profile) -> int:
-    """How many crosscoders of the profile's size all notebooks train, about; 72 are 08's."""
-    return 5 * len(profile.seeds) + 2 * profile.many_seeds + 72 + 16
+    """How many crosscoders of the profile's size all notebooks train on one pair, about.
+
+    72 are 08's, and of each seed 5 are 02's and 4 are 11's; tied, untied and anchored ones have
+    many seeds.
+    """
+    return 9 * len(profile.seeds) + 3 * profile.many_seeds + 72 + 16
 
 
 def hours(profile: Profile, gpu: GPU) -> dict[str, float]:
