@@ -339,8 +339,9 @@ def faults(table):
 
 @pytest.mark.skipif(not (COMMITTED / "05_readings.csv").exists(), reason="no readings at toy yet")
 def test_no_committed_verdict_stands_on_a_cell_beside_itself_or_on_no_change():
-    """But for C14, where two changes turn the very same prompts: yes or no is a coarse outcome. That
-    they are two shows in the propensity, which differs at every dose and seed.
+    """But for C14, where two changes turn the very same prompts: yes or no is a coarse outcome.
+
+    That they are two shows in the propensity, which differs at every dose and seed.
     """
     doses = pd.read_csv(COMMITTED / "05_doses.csv")
     mean = doses[doses.what == "mean A - B"].set_index("dose").gain
