@@ -455,6 +455,24 @@ def test_kernels_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda r: kernels.summed_row_norms(r, slice(2, 5), 2), (rows,))
 
 
+@pytest.mark.parametrize("k", [1, 3, 12])
+@pytest.mark.parametrize("spoil", ["nothing", "ties", "equal rows", "nan"])
+def test_top_k_takes_the_k_largest_of_each_row_in_ascending_order_of_place(k, spoil):
+    values = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    if spoil == "ties":
+        values = values.round()
+    elif spoil == "equal rows":
+        values[3:9] = 0.5
+    elif spoil == "nan":
+        values[4, 2] = torch.nan
+    pattern = kernels.top_k(values, k)
+    feature = pattern.feature.view(20, k)
+    assert pattern.starts.tolist() == list(range(0, 20 * k + 1, k))
+    assert bool((feature.diff(dim=1) > 0).all())
+    chosen = values.gather(1, feature).sort(descending=True).values
+    assert torch.equal(chosen.nan_to_num(9), values.topk(k).values.nan_to_num(9))
+
+
 def test_the_gradient_of_a_zero_decoder_row_is_zero_not_nan():
     crosscoder, x = build(), activations(seed=1)
     with torch.no_grad():

@@ -97,7 +97,7 @@ def test_three_models_forbidden_weights_gradients_and_moments_are_exactly_zero(t
             moments = state["exp_avg"], state["exp_avg_sq"]
             tensors = (param, getattr(copied, name), param.grad, *moments)
             assert_forbidden_is_zero(config.partition, *tensors)
-    forbidden = config.partition.forbidden()
+    forbidden = config.partition.forbidden
     assert len(forbidden) == (0 if config.partition is PLAIN else 6)
 
 

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -66,7 +67,7 @@ class Pattern:
         # Stable: the order of summation, and with it every bit of the result, is reproducible.
         feature, order = self.feature.sort(stable=True)
         edges = torch.arange(self.d_dict + 1, device=feature.device)
-        return torch.searchsorted(feature, edges), self.sample[order], order
+        return torch.searchsorted(feature, edges), self.sample.index_select(0, order), order
 
     def dense(self, values: Float[Tensor, " entries"]) -> Float[Tensor, "batch d_dict"]:
         """The code as an ordinary matrix."""
@@ -96,7 +97,7 @@ class Pattern:
     ) -> Float[Tensor, "d_dict width"]:
         """``S.T @ samples``: for each feature the weighted sum over the samples it fires in."""
         starts, sample, order = self._by_feature
-        transposed = _csr(starts, sample, values[order], (self.d_dict, self.batch))
+        transposed = _csr(starts, sample, values.index_select(0, order), (self.d_dict, self.batch))
         if accumulate_into is not None:
             return accumulate_into.addmm_(transposed, samples)
         return transposed @ samples
@@ -121,10 +122,7 @@ with warnings.catch_warnings():  # PyTorch announces once per process that this 
 
 def top_k(preactivations: Float[Tensor, "batch d_dict"], k: int) -> Pattern:
     """The ``k`` largest pre-activations of each sample."""
-    batch, d_dict = preactivations.shape
-    feature = preactivations.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
-    starts = torch.arange(0, batch * k + 1, k, device=feature.device)
-    return Pattern(starts, feature.flatten(), d_dict)
+    return _of_equal_size(_largest(preactivations, k), preactivations.shape[1])
 
 
 def reserved_top_k(
@@ -136,9 +134,28 @@ def reserved_top_k(
     for block in reserved:
         chosen.append(preactivations[:, block].argmax(-1, keepdim=True) + block.start)
         others[:, block] = -torch.inf
-    chosen.append(others.topk(k - len(reserved), dim=-1, sorted=False).indices)
-    batch, d_dict = preactivations.shape
-    feature = torch.cat(chosen, dim=1).sort(dim=-1).values
+    chosen.append(_largest(others, k - len(reserved)))
+    return _of_equal_size(torch.cat(chosen, dim=1).sort(dim=-1).values, preactivations.shape[1])
+
+
+def _largest(values: Float[Tensor, "batch n"], k: int) -> Int64[Tensor, "batch k"]:
+    """Where the ``k`` largest values of each row are, in ascending order of place.
+
+    On a CPU by NumPy's vectorised partition, which finds the k-th largest value in less than half
+    of the time that ``topk`` takes to find it and the places.
+    """
+    batch, n = values.shape
+    if values.device.type == "cpu" and k < n:
+        rows = values.numpy()
+        kth = np.partition(rows, n - k, axis=-1)[:, n - k, None]
+        places = np.flatnonzero(rows >= kth)
+        if len(places) == batch * k:  # else some row has a tie for its last place, or NaN
+            return torch.from_numpy(places).remainder_(n).view(batch, k)
+    return values.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def _of_equal_size(feature: Int64[Tensor, "batch k"], d_dict: int) -> Pattern:
+    batch, k = feature.shape
     starts = torch.arange(0, batch * k + 1, k, device=feature.device)
     return Pattern(starts, feature.flatten(), d_dict)
 
@@ -202,7 +219,7 @@ class _Encode(Function):
     def forward(ctx, x, W_enc, b_enc, preactivations, pattern, accumulate_into):
         ctx.save_for_backward(x, W_enc)
         ctx.pattern, ctx.accumulate_into = pattern, accumulate_into
-        return preactivations[pattern.sample, pattern.feature]
+        return preactivations.take(pattern.sample * pattern.d_dict + pattern.feature)
 
     @staticmethod
     @once_differentiable

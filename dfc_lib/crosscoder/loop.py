@@ -13,6 +13,7 @@ import csv
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +132,7 @@ class TrainConfig:
                 "leaves none for the others: raise k"
             )
 
-    @property
+    @cached_property
     def reserved(self) -> list[slice]:
         """The features of the exclusive blocks that are not the reference's."""
         partition = self.partition
@@ -217,6 +218,7 @@ class Run:
         for param in self.params.values():
             # Kept for the whole run, see accumulate_into in dfc_lib.crosscoder.kernels.
             param.grad = torch.zeros_like(param)
+        self.grads = [param.grad for param in self.params.values()]
         fused = torch.device(config.device).type in ("cpu", "cuda")
         self.optimiser = torch.optim.Adam(self.params.values(), lr=config.lr, fused=fused)
         d_dict = config.partition.dict_size
@@ -230,7 +232,7 @@ class Run:
 
     def train_step(self, x: Float[Tensor, "batch model d_model"]) -> None:
         config, crosscoder = self.config, self.crosscoder
-        self.optimiser.zero_grad(set_to_none=False)
+        torch._foreach_zero_(self.grads)
         crosscoder.reserved = config.reserved if self.step < config.reserved_steps else []
         forward = crosscoder.forward_sparse(x, in_place=True)
         dead = self.steps_silent >= config.dead_steps
@@ -266,11 +268,10 @@ class Run:
 
     def _clip(self) -> None:
         if self.config.clip_norm:
-            grads = [param.grad for param in self.params.values()]
             # As clip_grad_norm_, less its pass over all gradients where that would change nothing.
-            scale = self.config.clip_norm / (torch.nn.utils.get_total_norm(grads) + 1e-6)
+            scale = self.config.clip_norm / (torch.nn.utils.get_total_norm(self.grads) + 1e-6)
             if scale < 1:
-                torch._foreach_mul_(grads, scale)
+                torch._foreach_mul_(self.grads, scale)
 
     @torch.no_grad()
     def _log(

@@ -143,7 +143,8 @@ def _auxiliary(
     if candidates.numel() == 0:
         return forward.z.new_zeros(())
     wanted = 2 * crosscoder.cfg.k
-    chosen = kernels.top_k(forward.preactivations[:, candidates], min(wanted, candidates.numel()))
+    of_dead = forward.preactivations.index_select(1, candidates)
+    chosen = kernels.top_k(of_dead, min(wanted, candidates.numel()))
     pattern = kernels.Pattern(chosen.starts, candidates[chosen.feature], crosscoder.d_dict)
     W_enc, W_dec, enc_buffer, dec_buffer = crosscoder.weights(in_place)
     values = kernels.sparse_encode(

@@ -414,8 +414,10 @@ class Crosscoder(SAE[CrosscoderConfig]):
     @torch.no_grad()
     def update_threshold_(self, forward: Forward, rate: float) -> None:
         """BatchTopK: move the threshold towards the smallest activation that was selected."""
+        if not self.cfg.batchtopk:
+            return
         positive = forward.activations[forward.activations > 0]
-        if self.cfg.batchtopk and positive.numel():
+        if positive.numel():
             moved = self.threshold.lerp(positive.min(), rate)
             self.threshold.copy_(torch.where(self.threshold > 0, moved, positive.min()))
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ class Partition:
         """Block names in feature order."""
         return tuple(block.name for block in self.blocks)
 
-    @property
+    @cached_property
     def slices(self) -> dict[str, slice]:
         """Block name -> slice of the feature axis."""
         edges = np.cumsum([0, *(block.size for block in self.blocks)]).tolist()
@@ -131,6 +132,7 @@ class Partition:
             mask[self.slices[block.name], list(block.models)] = True
         return mask
 
+    @cached_property
     def forbidden(self) -> list[tuple[slice, int]]:
         """Every (features, model) rectangle in which weights must be zero."""
         return [
@@ -145,14 +147,14 @@ class Partition:
 
         Slices, not a mask tensor: nothing to store, to move between devices or to lose in a copy.
         """
-        for features, model in self.forbidden():
+        for features, model in self.forbidden:
             rows[features, model] = 0.0
         return rows
 
     def largest_forbidden(self, rows: Rows) -> float:
         """The integrity check: the largest absolute value where weights must be zero."""
         rows = rows.detach()
-        rectangles = [rows[features, model].abs().amax() for features, model in self.forbidden()]
+        rectangles = [rows[features, model].abs().amax() for features, model in self.forbidden]
         return float(torch.stack(rectangles).amax()) if rectangles else 0.0
 
     def to_dict(self) -> dict[str, Any]:
