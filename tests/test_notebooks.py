@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,13 @@ def test_it_opens_as_the_others_do(notebook):
         assert f"| {row} |" in opening
     parameters = [c for c in code(notebook) if "parameters" in c["metadata"].get("tags", [])]
     assert [c["source"].splitlines()[0].split("=")[0].strip() for c in parameters] == ["PROFILE"]
+
+
+def test_it_is_stale_once_a_pair_that_it_opens_changes(notebook):
+    """`make status` knows the pairs by what a notebook declares, not by what its code opens."""
+    if any(re.search(r"\.(pairs|replicates)\(", cell["source"]) for cell in code(notebook)):
+        declared = {Path(item).parts[:3] for item in notebook["metadata"]["dfc"]["inputs"]}
+        assert declared >= {("data", "pairs", name) for name in "012"}
 
 
 def test_it_says_which_figures_it_writes(notebook):
