@@ -12,9 +12,9 @@ Everything that takes long is kept in the profile's build folder under a name th
 made from, so asking twice costs nothing and a killed run goes on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -334,3 +334,17 @@ class Study:
         """
         frame = self.run(cells, records, target, levels=levels, **options, max_new_tokens=1)
         return frame[["prompt", *levels, "delta", "margin", "propensity"]]
+
+    def asking(
+        self, records: "Sequence[Record]", levels: Sequence[str] = ("cell",)
+    ) -> "Callable[..., pd.DataFrame]":
+        """:meth:`propensity` on one set of prompts, which the models read once for all its calls.
+
+        Returns:
+            a function of cells, and of ``target`` (default: A).
+        """
+        from dfc_lib.steering.prefix import PrefixCache
+
+        read = PrefixCache(self.pair, self.ids(records))
+        fixed = {"levels": levels, "out_dir": None, "prefix_cache": read, "progress": False}
+        return partial(self.propensity, records=records, **fixed)

@@ -216,3 +216,16 @@ def test_run_names_cells_by_levels_and_keeps_what_was_generated(study):
     again = study.run(cells, records, levels=("cell", "alpha"), progress=False)
     pd.testing.assert_frame_equal(again, frame)
     assert {p: os.stat(p).st_mtime_ns for p in files} == files
+
+
+def test_prompts_that_are_asked_about_often_are_read_once(study):
+    records = study.calls("evaluation", 3)
+    ask = study.asking(records, ("cell", "size"))
+    zero = Patch(torch.zeros(study.pair.d_model))
+    for target in ("A", "B"):
+        frame = ask({("clean", 0): Clean(), ("zero", 1): zero}, target=target)
+        cells = {("clean", 0): Clean(), ("zero", 1): zero}
+        options = {"levels": ("cell", "size"), "out_dir": None, "progress": False}
+        alone = study.propensity(cells, records, target, **options)
+        pd.testing.assert_frame_equal(frame, alone, atol=1e-5, rtol=0)
+        assert frame.propensity.between(0, 1).all()

@@ -129,3 +129,16 @@ def test_an_interval_over_runs_and_prompts_knows_both():
     assert width["runs"] == pytest.approx(expected, rel=0.15)
     with pytest.raises(ValueError, match=r"shape \(40,\)"):
         tables.over_runs_and_prompts(prompts[0])
+
+
+def test_changes_are_from_one_cell_prompt_by_prompt():
+    frame = outcomes().fillna({"variant": "none", "seed": 0})
+    levels = ["cell", "variant", "seed"]
+    shuffled = frame.sample(frac=1, random_state=0)
+    found = tables.changes(shuffled, levels, ("clean", "none", 0), "margin")
+    assert found.shape == (6, N) and not found.loc[("clean", "none", 0)].any()
+    margin = frame.set_index(["prompt", *levels]).margin
+    expected = margin[3, "patch", "tied", 1] - margin[3, "clean", "none", 0]
+    assert found.loc[("patch", "tied", 1), 3] == expected
+    with pytest.raises(KeyError):
+        tables.changes(frame, levels, ("gone", "none", 0), "margin")

@@ -92,6 +92,22 @@ def paired_table(
     return pd.DataFrame(rows)
 
 
+def changes(
+    frame: "pd.DataFrame", levels: Sequence[str], before: Hashable, outcome: str = "propensity"
+) -> "pd.DataFrame":
+    """What every cell changes on every prompt: one row per cell, one column per prompt.
+
+    Args:
+        frame: outcomes, from :meth:`dfc_lib.study.Study.propensity`.
+        before: the cell that is compared with, one value a level.
+
+    Raises:
+        KeyError: ``frame`` has no such cell.
+    """
+    outcomes = frame.pivot(index=list(levels), columns="prompt", values=outcome)
+    return outcomes - outcomes.loc[before]
+
+
 def over_seeds(values: "ArrayLike", confidence: float = 0.95) -> dict[str, float]:
     """``estimate``, the mean over runs, with its t interval ``low``, ``high``; ``n`` runs."""
     values = np.asarray(values, dtype=float)
