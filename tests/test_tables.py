@@ -136,7 +136,8 @@ def test_changes_are_from_one_cell_prompt_by_prompt():
     levels = ["cell", "variant", "seed"]
     shuffled = frame.sample(frac=1, random_state=0)
     found = tables.changes(shuffled, levels, ("clean", "none", 0), "margin")
-    assert found.shape == (6, N) and not found.loc[("clean", "none", 0)].any()
+    assert found.shape == (6, N)
+    assert not found.loc[("clean", "none", 0)].any()
     margin = frame.set_index(["prompt", *levels]).margin
     expected = margin[3, "patch", "tied", 1] - margin[3, "clean", "none", 0]
     assert found.loc[("patch", "tied", 1), 3] == expected
