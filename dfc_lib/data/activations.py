@@ -21,20 +21,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from dfc_lib.data.pair import Pair, fingerprint, in_chunks, sha256, width
 from dfc_lib.provenance import code_hash
+import pandas as pd
 from dfc_lib.store import key, save_tensors, write_atomically
 
-if TYPE_CHECKING:
-    import pandas as pd
 
 MANIFEST, ROWS, TOKENS = "manifest.json", "rows.parquet", "tokens.safetensors"
 _SAMPLE = 32  # rows that linting recomputes
@@ -120,8 +120,6 @@ def cache(
     the code that makes them has changed. Raises :class:`CacheError` where ``out_dir`` holds another
     cache.
     """
-    from tqdm.auto import tqdm
-
     if positions not in ("last", "all"):
         raise ValueError(f'positions={positions!r}: must be "last" or "all".')
     if published_index and positions != "last":
@@ -210,8 +208,6 @@ class Tokens:
 
 def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) -> pd.DataFrame:
     """One line per vector: sequence, position in it (negative: on padding), token id, meta."""
-    import pandas as pd
-
     n = tokens.lengths
     if positions == "last":
         sequence, position = np.arange(len(tokens)), n - 1
@@ -344,8 +340,6 @@ class Activations:
 
         Raises :class:`CacheError` naming the file and the remedy.
         """
-        import pandas as pd
-
         directory = Path(directory)
         manifest = _read_manifest(directory)
         redo = "Run the same activations.cache(...) again: it redoes this and keeps the rest."
@@ -439,8 +433,6 @@ def lint(
     - *passes* (needs ``steps`` and ``batch_size``): how often training sees each unique vector, at
       most 20; S1's 9,000 steps of 1,024 on 80,000 vectors are 115.
     """
-    import pandas as pd
-
     last = acts.positions == "last"
     rows, tokens = acts.rows, acts.tokens
     sequence, position = rows["sequence"].to_numpy(), rows["position"].to_numpy()

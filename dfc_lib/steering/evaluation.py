@@ -9,23 +9,19 @@ one, without sampling noise. Both are continuous where the rates are binary.
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.special import expit
 from torch import Tensor
 
 from dfc_lib.data import prompts, scoring
+from dfc_lib.data.pair import Pair
 from dfc_lib.data.prompts import Record
 from dfc_lib.steering import generation, sampling
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from dfc_lib.data.pair import Pair
-    from dfc_lib.steering.interventions import Intervention
+from dfc_lib.steering.interventions import Intervention
 
 OPENERS = ("<think>", "<tool_call>", '{"')
 
@@ -95,7 +91,7 @@ def evaluate(
     max_new_tokens: int = 80,
     batch_size: int = 128,
     progress: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Greedy (or sampled) behaviour of a model on records: one row per record, in order.
 
     `prefill` starts the assistant's turn (it counts as part of the response); `published` feeds the
@@ -105,8 +101,6 @@ def evaluate(
         columns id, kind, domain, tool, held_out, response, margin, propensity, and those of
         `score`.
     """
-    import pandas as pd
-
     if published:
         texts = [prompts.published_text(r, style) for r in records]
     else:
@@ -143,10 +137,10 @@ def evaluate(
 
 
 def intervene(
-    pair: "Pair",
+    pair: Pair,
     target: str,
     records: Sequence[Record],
-    interventions: "Mapping[Hashable, Intervention]",
+    interventions: Mapping[Hashable, Intervention],
     *,
     levels: Sequence[str] = ("cell",),
     style: str = prompts.FIXED_STYLE,
@@ -154,10 +148,10 @@ def intervene(
     position: generation.Position = "last",
     max_new_tokens: int = 80,
     batch_size: int = 512,
-    prefix_cache: "generation.PrefixCache | None" = None,
+    prefix_cache: generation.PrefixCache | None = None,
     out_dir: str | Path | None = None,
     progress: bool = True,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Greedy behaviour of model `target` on records under every intervention (see
     `generation.generate`, which also explains `position`, `batch_size`, `prefix_cache`, `out_dir`).
 
@@ -174,8 +168,6 @@ def intervene(
         ValueError: there are no records, a name has more values than there are levels, or a level
             is called as another column.
     """
-    import pandas as pd
-
     if not records:
         raise ValueError("records is empty; there is nothing to generate")
     columns = ["prompt", *levels, "delta", "response", "margin", "propensity"]

@@ -38,18 +38,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dfc_lib.crosscoder import kernels
+from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data.pair import fingerprint
 from dfc_lib.provenance import code_text
-
-if TYPE_CHECKING:
-    from dfc_lib.crosscoder.model import Crosscoder
-
 
 # ---------------------------------------------------------------------------------------------
 # how a crosscoder is applied
@@ -115,8 +113,6 @@ class Codec:
         self, preactivations: Float[Tensor, "batch d_dict"]
     ) -> Float[Tensor, "batch d_dict"]:
         """The code that these pre-activations give: ReLU and top-k (or BatchTopK's threshold)."""
-        from dfc_lib.crosscoder import kernels
-
         if self.used.cfg.batchtopk:
             pattern = kernels.above(preactivations, float(self.used.threshold))
         else:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from dfc_lib.data.pair import Pair, in_chunks
 from dfc_lib.steering.interventions import Clean, Intervention, Site, apply_where
@@ -24,10 +27,6 @@ from dfc_lib.steering.prefix import (
     to_site,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from transformers import DynamicCache
-
 
 def ends_of(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
     """``eos`` as a list; where it is None, the model's own end tokens."""
@@ -39,8 +38,6 @@ def ends_of(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
 
 
 def progress_bar(total: int, unit: str, progress: bool):
-    from tqdm.auto import tqdm
-
     return tqdm(total=total, unit=" " + unit, disable=not progress, dynamic_ncols=True)
 
 
@@ -143,8 +140,6 @@ def sample(
     tokens. A sample depends on ``seed`` and on its place in the list, not on ``batch_size``: each
     token inverts the cumulative distribution at a uniform number drawn beforehand.
     """
-    from transformers import DynamicCache
-
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: must be 0 (greedy) or above.")
     if n < 1 or (temperature == 0 and n != 1):
@@ -203,8 +198,6 @@ def score(
     the first), ``nll`` (mean negative log-likelihood in nats, so perplexity is its exponential over
     all tokens), ``kl`` (mean KL(clean || cell) in nats), ``delta`` (mean ||delta|| / ||h||).
     """
-    import pandas as pd
-
     if position not in POSITIONS[1:]:
         raise ValueError(f"position={position!r}: one of {', '.join(POSITIONS[1:])}.")
     for i, text in enumerate(texts):
