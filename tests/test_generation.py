@@ -94,7 +94,6 @@ def make_grid(crosscoder):
         "shared-only": iv.Reconstruction(codec, ("shared",)),
         "exclusive-only": iv.Reconstruction(codec, ("A_exclusive",)),
         "own encoding": iv.Reconstruction(own),
-        "plus error": iv.ReconstructionPlusError(codec),
         "alpha=1": iv.Steer(codec, block, 1.0),
         "alpha=4": steer,
         "rows of B": iv.Steer(codec, tuple(range(19, 38)), 4.0, rows_of="B"),

@@ -149,21 +149,6 @@ def overlap(a: Features, b: Features) -> float:
     return len(set(a.tolist()) & set(b.tolist())) / max(1, min(len(a), len(b)))
 
 
-def matched_overlap(
-    a: Float[Tensor, "a d"], b: Float[Tensor, "b d"], min_cosine: float = 0.9
-) -> float:
-    """``overlap`` of features of different crosscoders, given as decoder rows.
-
-    Two features are the same if the cosine of their rows reaches ``min_cosine``; each counts once
-    (largest matching).
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    a, b = (torch.nn.functional.normalize(rows.detach().double(), dim=1) for rows in (a, b))
-    same = (a @ b.T >= min_cosine).cpu().numpy()
-    return float(same[linear_sum_assignment(same, maximize=True)].sum()) / min(len(a), len(b))
-
-
 # --------------------------------------------------------------------------------------------------
 # The compact set
 
@@ -267,17 +252,6 @@ def _across(first: Mapping[str, Features], second: Mapping[str, Features]) -> fl
     """Mean overlap of a family's set in ``first`` with another family's in ``second``."""
     both = [(a, b) for x, a in first.items() for y, b in second.items() if x != y]
     return float(np.mean([overlap(a, b) for a, b in both]))
-
-
-def chance_intersection(
-    sizes: Sequence[int], n_features: int, n_draws: int = 1000, seed: int = 0
-) -> Int64[np.ndarray, " draw"]:
-    """How many features independent random sets of these sizes have in common."""
-    rng = np.random.default_rng(seed)
-    counts = np.zeros((n_draws, n_features), dtype=np.int64)
-    for size in sizes:
-        counts += rng.random((n_draws, n_features)).argsort(1).argsort(1) < size
-    return (counts == len(sizes)).sum(1)
 
 
 def matched_sets(

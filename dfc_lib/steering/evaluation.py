@@ -85,7 +85,6 @@ def evaluate(
     style: str,
     *,
     prefill: str = "",
-    published: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int = 80,
@@ -94,17 +93,13 @@ def evaluate(
 ) -> pd.DataFrame:
     """Greedy (or sampled) behaviour of a model on records: one row per record, in order.
 
-    `prefill` starts the assistant's turn (it counts as part of the response); `published` feeds the
-    system text alone.
+    `prefill` starts the assistant's turn (it counts as part of the response).
 
     Returns:
         columns id, kind, domain, tool, held_out, response, margin, propensity, and those of
         `score`.
     """
-    if published:
-        texts = [prompts.published_text(r, style) for r in records]
-    else:
-        texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
+    texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
     ids = prompts.encode(tokenizer, texts)
     sampled, logits = sampling.sample(
         model,

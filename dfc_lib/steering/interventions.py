@@ -12,7 +12,6 @@ one can be looked at without running a model::
 ==========================  ======================================================================
 ``Clean``                   nothing
 ``Reconstruction``          decode(encode(h)); ``blocks`` restricts the decoder (shared-only, ...)
-``ReconstructionPlusError``  the same plus what it leaves out: equals clean, a check on the plumbing
 ``Steer``                   h + (alpha - 1) sum_i f_i d_i   (alpha = 1 no-op, alpha = 0 ablation)
 ``Clamp``                   h + sum_i (c - f_i) d_i         (works also where f_i = 0)
 ``Patch``                   a fixed vector instead of h: the tool mean, the neutral mean
@@ -241,17 +240,6 @@ class Reconstruction(_Coded):
 
     def new(self, site: Site) -> Tensor:
         return self.codec.decode(site.code(self.codec), site.target, self.blocks)
-
-
-@dataclass(frozen=True, eq=False)
-class ReconstructionPlusError(_Coded):
-    """The reconstruction plus the error term h - reconstruction: must behave as clean does."""
-
-    codec: Codec
-
-    def new(self, site: Site) -> Tensor:
-        reconstruction = self.codec.decode(site.code(self.codec), site.target)
-        return reconstruction + (site.own - reconstruction)
 
 
 @dataclass(frozen=True, eq=False)
