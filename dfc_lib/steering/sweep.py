@@ -35,7 +35,7 @@ from dfc_lib.data.pair import fingerprint
 from dfc_lib.data.prompts import Record
 from dfc_lib.profiles import Profile
 from dfc_lib.steering import interventions
-from dfc_lib.steering.interventions import Codec, Intervention, Reconstruction, Site
+from dfc_lib.steering.interventions import Codec, Composed, Intervention, Reconstruction, Site
 from dfc_lib.steering.prefix import PrefixCache
 from dfc_lib.study import Study
 
@@ -267,26 +267,21 @@ def _error(crosscoder: Crosscoder, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Intervention):
+class Scaled(Composed):
     """h + ratio h: gives random patches a length, ||delta|| / ||h|| = ratio."""
 
     ratio: float
-    reads_others = False
 
     def delta(self, site: Site) -> Tensor:
         return self.ratio * site.own
 
 
 @dataclass(frozen=True, eq=False)
-class Stretched(Intervention):
+class Stretched(Composed):
     """Another intervention's change, ``factor`` times as long."""
 
     like: Intervention
     factor: float
-
-    @property
-    def reads_others(self) -> bool:  # type: ignore[override]
-        return self.like.reads_others
 
     def delta(self, site: Site) -> Tensor:
         return self.factor * self.like.delta(site)
