@@ -5,7 +5,6 @@ tuned ones, or all checkpoints of a run. A feature's decoder norms say in which 
 its code from one model alone says how strongly that model has it on a text.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from dfc_lib import store
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data import activations
 from dfc_lib.data.activations import Activations
@@ -96,7 +96,7 @@ class Streams:
     def key(self) -> str:
         """16 hex digits that name the content."""
         noise = (self.noise, self.seed) if self.noise else ()
-        return hashlib.sha256(repr(([c.key for c in self.caches], noise)).encode()).hexdigest()[:16]
+        return store.key([cache.key for cache in self.caches], noise)
 
     def gather(self, indices: Int64[np.ndarray, " batch"]) -> Float[Tensor, "batch model d_model"]:
         """The activations of all streams at some tokens, float32, raw units."""

@@ -163,7 +163,7 @@ def folder(study: Study) -> Path:
     key = [provenance.code_hash(__name__), pair.layer, profile.dtype]
     key += [vectors(study).key, study.ids(records(study))]
     key += [fingerprint(model) for model in pair.models.values()]
-    return study.build / "sweep" / provenance.digest(key)[:16]
+    return study.build / "sweep" / store.key(*key)
 
 
 def job(run: Run, study: Study) -> Job:
