@@ -99,12 +99,9 @@ def test_published_shares_weights_and_leaves_the_crosscoder_alone(crosscoder):
     assert Codec(crosscoder).used is crosscoder
 
 
-def test_no_op_and_error_term(codec, h):
-    """alpha = 1 must be exact; reconstruction + error must equal clean up to rounding."""
+def test_no_op(codec, h):
+    """alpha = 1 must be exact, which a reconstruction is not."""
     assert torch.equal(apply(iv.Steer(codec, (1, 2, 25), 1.0), h, A)[0], h[:, A])
-    new, ratio = apply(iv.ReconstructionPlusError(codec), h, A)
-    close(new, h[:, A])
-    assert ratio.max() < 1e-6
     assert apply(iv.Reconstruction(codec), h, A)[1].min() > 0.1
 
 

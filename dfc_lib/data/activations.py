@@ -21,20 +21,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from dfc_lib.data.pair import Pair, fingerprint, in_chunks, sha256, width
 from dfc_lib.provenance import code_hash
+import pandas as pd
 from dfc_lib.store import key, save_tensors, write_atomically
 
-if TYPE_CHECKING:
-    import pandas as pd
 
 MANIFEST, ROWS, TOKENS = "manifest.json", "rows.parquet", "tokens.safetensors"
 _SAMPLE = 32  # rows that linting recomputes
@@ -101,7 +101,6 @@ def cache(
     meta: pd.DataFrame | Mapping[str, Sequence[Any]] | None = None,
     *,
     rows_per_shard: int = 65_536,
-    published_index: bool = False,
     progress: bool = True,
 ) -> Activations:
     """Cache the residual at ``pair.layer`` of every model on every sequence, and open the result.
@@ -112,23 +111,15 @@ def cache(
             residual is an attention sink, the same for any text).
         batch_size: sequences per forward pass; halved by itself when memory runs out.
         meta: one entry per sequence and column, e.g. ``split``, ``label``; copied to each row.
-        published_index: pick the last token as the S1 code does, at ``attention_mask.sum() - 1`` of
-            *left*-padded batches taken in the given order: right for the longest text of a batch,
-            too early or on padding for the others. For the ladder between the protocols only.
 
     A killed run is taken up by the same call: finished shards whose checksum holds are kept, unless
     the code that makes them has changed. Raises :class:`CacheError` where ``out_dir`` holds another
     cache.
     """
-    from tqdm.auto import tqdm
-
     if positions not in ("last", "all"):
         raise ValueError(f'positions={positions!r}: must be "last" or "all".')
-    if published_index and positions != "last":
-        raise ValueError('published_index=True goes with positions="last" only.')
     out_dir, tokens = Path(out_dir), Tokens.of(sequences, at_least=1 if positions == "last" else 2)
-    published = batch_size if published_index else 0
-    rows = _row_table(tokens, positions, meta, published)
+    rows = _row_table(tokens, positions, meta)
     arrays = {"ids": torch.from_numpy(tokens.ids), "offsets": torch.from_numpy(tokens.offsets)}
     content = {TOKENS: save(arrays), ROWS: rows.to_parquet(index=False)}
     manifest = {
@@ -136,7 +127,6 @@ def cache(
         "layer": pair.layer,
         "d_model": pair.d_model,
         "positions": positions,
-        "published_batches_of": published,
         "content": {name: hashlib.sha256(file).hexdigest() for name, file in content.items()},
         "code": code_hash(__name__),
     }
@@ -144,7 +134,7 @@ def cache(
     manifest["shards"] = [
         {"file": f"{name}-{i:05d}.safetensors", "model": name, "rows": bounds, "sha256": None}
         for name in pair.models
-        for i, bounds in enumerate(_shard_bounds(rows, rows_per_shard, published))
+        for i, bounds in enumerate(_shard_bounds(rows, rows_per_shard))
     ]
     _take_over_finished(manifest, out_dir)
 
@@ -161,7 +151,7 @@ def cache(
             if shard["sha256"] is not None:
                 bar.update(len(part))
                 continue
-            h = _vectors(model, pair.layer, tokens, part, batch_size, published, bar)
+            h = _vectors(model, pair.layer, tokens, part, batch_size, bar)
             save_tensors({"h": h}, out_dir / shard["file"])
             shard["sha256"] = sha256(out_dir / shard["file"])
             save_manifest()
@@ -208,21 +198,15 @@ class Tokens:
         return running - np.repeat(before, self.lengths)
 
 
-def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) -> pd.DataFrame:
-    """One line per vector: sequence, position in it (negative: on padding), token id, meta."""
-    import pandas as pd
-
+def _row_table(tokens: Tokens, positions: str, meta: Any) -> pd.DataFrame:
+    """One line per vector: sequence, position in it, token id, meta."""
     n = tokens.lengths
     if positions == "last":
         sequence, position = np.arange(len(tokens)), n - 1
-        if published_batch:
-            longest = np.maximum.reduceat(n, np.arange(0, len(n), published_batch))
-            position = (n - 1) - (longest[sequence // published_batch] - n)
     else:
         sequence = np.repeat(np.arange(len(tokens)), n - 1)
         position = np.concatenate([np.arange(1, length) for length in n])
-    at = tokens.offsets[sequence] + np.maximum(position, 0)
-    token = np.where(position >= 0, tokens.ids[at], -1)
+    token = tokens.ids[tokens.offsets[sequence] + position]
     table = pd.DataFrame({"sequence": sequence, "position": position, "token": token})
     if meta is None:
         return table
@@ -232,9 +216,9 @@ def _row_table(tokens: Tokens, positions: str, meta: Any, published_batch: int) 
     return table.join(meta.iloc[sequence].reset_index(drop=True))  # no column may be there already
 
 
-def _shard_bounds(rows: pd.DataFrame, per_shard: int, batch: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about ``per_shard`` rows that split no sequence (nor any published batch)."""
-    start, ends = 0, np.bincount(rows["sequence"] // max(batch, 1)).cumsum()
+def _shard_bounds(rows: pd.DataFrame, per_shard: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about ``per_shard`` rows that split no sequence."""
+    start, ends = 0, np.bincount(rows["sequence"]).cumsum()
     while start < len(rows):
         ahead = ends[ends > start]
         stop = int(ahead[ahead <= start + per_shard].max(initial=ahead[0]))
@@ -248,36 +232,27 @@ def _vectors(
     tokens: Tokens,
     rows: pd.DataFrame,
     batch_size: int,
-    published_batch: int,
     bar: Any,
 ) -> Float[Tensor, "row d_model"]:
     """One model's vectors for ``rows`` (whole sequences), in their order, on the CPU."""
-    parameter, side = next(model.parameters()), "left" if published_batch else "right"
+    parameter = next(model.parameters())
     out = torch.empty(len(rows), width(model), dtype=parameter.dtype)
     sequence, first = np.unique(rows["sequence"].to_numpy(), return_index=True)
     spans = [slice(a, b) for a, b in zip(first, [*first[1:], len(rows)], strict=True)]
     position = torch.from_numpy(rows["position"].to_numpy(copy=True))
 
-    def run(items: Sequence[int]) -> None:
+    def run(items: Sequence[int], _size: int) -> None:
         texts = [torch.from_numpy(tokens[sequence[i]]).long() for i in items]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side=side)
-        padding, mask = [0] * len(texts), None
-        if published_batch:
-            padding = [ids.shape[1] - len(text) for text in texts]
-            mask = (torch.arange(ids.shape[1]) >= torch.tensor(padding)[:, None]).long()
-            mask = mask.to(parameter.device)
-        h = residual(model, layer, ids.to(parameter.device), mask)
-        for vectors, before, i in zip(h, padding, items, strict=True):
-            out[spans[i]] = vectors[(position[spans[i]] + before).to(h.device)].to("cpu")
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        h = residual(model, layer, ids.to(parameter.device))
+        for vectors, i in zip(h, items, strict=True):
+            out[spans[i]] = vectors[position[spans[i]].to(h.device)].to("cpu")
             bar.update(spans[i].stop - spans[i].start)
 
-    if published_batch:
-        for start in range(0, len(spans), published_batch):
-            run(range(start, min(start + published_batch, len(spans))))
-    else:  # like lengths together; the longest first, so that memory runs short early or never
-        order = sorted(range(len(spans)), key=lambda i: -len(tokens[sequence[i]]))
-        for _ in in_chunks(order, lambda _: 1, batch_size, lambda items, _: run(items)):
-            pass
+    # Like lengths together; the longest first, so that memory runs short early or never.
+    order = sorted(range(len(spans)), key=lambda i: -len(tokens[sequence[i]]))
+    for _ in in_chunks(order, lambda _: 1, batch_size, run):
+        pass
     return out
 
 
@@ -344,8 +319,6 @@ class Activations:
 
         Raises :class:`CacheError` naming the file and the remedy.
         """
-        import pandas as pd
-
         directory = Path(directory)
         manifest = _read_manifest(directory)
         redo = "Run the same activations.cache(...) again: it redoes this and keeps the rest."
@@ -439,12 +412,10 @@ def lint(
     - *passes* (needs ``steps`` and ``batch_size``): how often training sees each unique vector, at
       most 20; S1's 9,000 steps of 1,024 on 80,000 vectors are 115.
     """
-    import pandas as pd
-
     last = acts.positions == "last"
     rows, tokens = acts.rows, acts.tokens
     sequence, position = rows["sequence"].to_numpy(), rows["position"].to_numpy()
-    at = tokens.offsets[sequence] + np.maximum(position, 0)
+    at = tokens.offsets[sequence] + position
     hashes = tokens.prefix_hashes()
     whole = hashes[tokens.offsets[1:] - 1]  # one per sequence
     unique = len(np.unique(hashes[at]))
@@ -457,8 +428,8 @@ def lint(
     if last:
         wrong = int((position != tokens.lengths[sequence] - 1).sum())
         check("last token", wrong, 0, "rows that do not stand on the last prompt token")
-    wrong = int((np.where(position >= 0, tokens.ids[at], -1) != rows["token"].to_numpy()).sum())
-    check("token ids", wrong + int((position < 0).sum()), 0, "rows on padding or on another token")
+    wrong = int((tokens.ids[at] != rows["token"].to_numpy()).sum())
+    check("token ids", wrong, 0, "rows on padding or on another token")
     if pair is not None:
         worst = _from_scratch(acts, pair, seed)
         rounds = any(h.element_size() < 4 for shards in acts._shards for h in shards)

@@ -12,12 +12,11 @@ import os
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from dfc_lib import paths, store
 
-if TYPE_CHECKING:
-    import pandas as pd
 
 REPOSITORY = "Antebe/model_diffing_crosscoders"
 MANIFEST = paths.DATA / "public_records" / "manifest.csv"
@@ -31,10 +30,8 @@ class RecordsUnavailable(ConnectionError):
     """The records are not here and cannot be downloaded; says why."""
 
 
-def manifest(path: Path | None = None) -> "pd.DataFrame":
+def manifest(path: Path | None = None) -> pd.DataFrame:
     """``commit``, ``path``, ``bytes``, ``sha256`` of every file."""
-    import pandas as pd
-
     return pd.read_csv(path or MANIFEST)
 
 
@@ -97,7 +94,7 @@ def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: b
 # Tables
 
 
-def runs(folder: Path) -> "pd.DataFrame":
+def runs(folder: Path) -> pd.DataFrame:
     """The sweep: one row per recorded run (47 of 48), rates in per cent over 100 prompts.
 
     Returns:
@@ -106,8 +103,6 @@ def runs(folder: Path) -> "pd.DataFrame":
         ``<model>_<when>`` and ``<model>_format_<when>`` for the models A and B, before (``clean``)
         and after (``reconstructed``); ``mse`` of training.
     """
-    import pandas as pd
-
     rows = []
     for run in _lines(folder, "31a4d3e/results_full.jsonl"):
         settings = run["hyperparameters"]
@@ -125,11 +120,9 @@ def runs(folder: Path) -> "pd.DataFrame":
     )
 
 
-def uniform_scaling(folder: Path) -> "pd.DataFrame":
+def uniform_scaling(folder: Path) -> pd.DataFrame:
     """The whole exclusive block scaled in the base: one row per DFC and factor ``scale``; all
     other numbers that were recorded, as they are."""
-    import pandas as pd
-
     rows = []
     for run in _lines(folder, "31a4d3e/results_steer.jsonl"):
         numbers = {k: v for k, v in run.items() if isinstance(v, int | float)}
@@ -137,7 +130,7 @@ def uniform_scaling(folder: Path) -> "pd.DataFrame":
     return pd.DataFrame(rows).rename(columns={"scale_factor": "scale"})
 
 
-def steered(folder: Path) -> "pd.DataFrame":
+def steered(folder: Path) -> pd.DataFrame:
     """The steering grids: one row per crosscoder, cell and prompt.
 
     Returns:
@@ -145,8 +138,6 @@ def steered(folder: Path) -> "pd.DataFrame":
         cent, ``alpha``, ``features`` (tuple of indices), ``size``, ``prompt`` (index), and tool
         correctness as 0/1: ``clean``, ``reconstructed``, ``steered``.
     """
-    import pandas as pd
-
     rows = []
     for path in sorted((folder / "d247064/results/targeted_steering").glob("*/*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -161,16 +152,14 @@ def steered(folder: Path) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def rankings(folder: Path) -> "pd.DataFrame":
+def rankings(folder: Path) -> pd.DataFrame:
     """Ranked features of 13 crosscoders: ``crosscoder`` and the columns as recorded."""
-    import pandas as pd
-
     found = sorted((folder / "d247064/data/rankings").glob("*.csv"))
     tables = {path.stem: pd.read_csv(path) for path in found}
     return pd.concat(tables, names=["crosscoder"]).reset_index(level=0).reset_index(drop=True)
 
 
-def explanations(folder: Path) -> "pd.DataFrame":
+def explanations(folder: Path) -> pd.DataFrame:
     """Auto-interpretation: one row per feature, without texts.
 
     Returns:
@@ -178,8 +167,6 @@ def explanations(folder: Path) -> "pd.DataFrame":
         explanation), ``correct`` of ``total`` detections (-1 where none was scored), ``failed``
         (an error was recorded, or nothing was scored).
     """
-    import pandas as pd
-
     rows = []
     root = folder / "d247064" / "results"
     for path in sorted(root.glob("autointerp*/**/feat_*.json")):
@@ -208,10 +195,8 @@ def names(folder: Path, layer: int = 13) -> list[str]:
     return [one["name"] for one in listed if one["hyperparameters"]["layer"] == layer]
 
 
-def clusters(folder: Path) -> "pd.DataFrame":
+def clusters(folder: Path) -> pd.DataFrame:
     """UMAP coordinates and cluster of one DFC's 819 A-exclusive features, as recorded."""
-    import pandas as pd
-
     return pd.read_csv(folder / "d247064/results/clusters/aexcl_assignments.csv")
 
 

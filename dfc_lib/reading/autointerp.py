@@ -9,6 +9,7 @@ Two explainers: ``PredicateExplainer`` chooses from a library of readable predic
 ``OpenAIExplainer`` asks any endpoint that speaks OpenAI's chat completions.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -346,8 +347,6 @@ def interpret(
 def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a model in which each tensor's values are permuted: the same sizes and scales, and
     nothing learned. A null for auto-interpretation (after Heap et al. 2025, arXiv 2501.17727)."""
-    import copy
-
     generator, duplicate = torch.Generator().manual_seed(seed), copy.deepcopy(model)
     with torch.no_grad():
         for parameter in duplicate.parameters():

@@ -10,16 +10,14 @@ changed, all others keep theirs (Wang et al., arXiv 2211.00593; Goldowsky-Dill e
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dfc_lib.data.pair import depth
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Rows = Float[Tensor, "prompt d_model"]
 
@@ -103,7 +101,7 @@ def _put(x: Tensor, hook: Any, *, head: int, values: Tensor) -> Tensor:
     return x
 
 
-def written(lens: Lens, layer: int, direction: Float[Tensor, " d_model"]) -> "pd.DataFrame":
+def written(lens: Lens, layer: int, direction: Float[Tensor, " d_model"]) -> pd.DataFrame:
     """Projection on a unit direction of what every part up to the site adds to the last token.
 
     Args:
@@ -115,8 +113,6 @@ def written(lens: Lens, layer: int, direction: Float[Tensor, " d_model"]) -> "pd
         ``MLP {block}``. They sum to the residual stream's projection where the attention's output
         has no bias, as in Qwen2.
     """
-    import pandas as pd
-
     u, blocks = (direction / direction.norm()).float().cpu(), range(layer + 1)
     names = [f"blocks.{i}.{part}" for i in blocks for part in ("attn.hook_z", "mlp.hook_out")]
     _, kept = lens.run([*names, "embed.hook_out"])

@@ -5,7 +5,6 @@ tuned ones, or all checkpoints of a run. A feature's decoder norms say in which 
 its code from one model alone says how strongly that model has it on a text.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from dfc_lib import store
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data import activations
 from dfc_lib.data.activations import Activations
@@ -96,7 +96,7 @@ class Streams:
     def key(self) -> str:
         """16 hex digits that name the content."""
         noise = (self.noise, self.seed) if self.noise else ()
-        return hashlib.sha256(repr(([c.key for c in self.caches], noise)).encode()).hexdigest()[:16]
+        return store.key([cache.key for cache in self.caches], noise)
 
     def gather(self, indices: Int64[np.ndarray, " batch"]) -> Float[Tensor, "batch model d_model"]:
         """The activations of all streams at some tokens, float32, raw units."""
@@ -147,21 +147,6 @@ def top_specific(
 def overlap(a: Features, b: Features) -> float:
     """The share of the smaller set that is in the other one too; 0 if one of them is empty."""
     return len(set(a.tolist()) & set(b.tolist())) / max(1, min(len(a), len(b)))
-
-
-def matched_overlap(
-    a: Float[Tensor, "a d"], b: Float[Tensor, "b d"], min_cosine: float = 0.9
-) -> float:
-    """``overlap`` of features of different crosscoders, given as decoder rows.
-
-    Two features are the same if the cosine of their rows reaches ``min_cosine``; each counts once
-    (largest matching).
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    a, b = (torch.nn.functional.normalize(rows.detach().double(), dim=1) for rows in (a, b))
-    same = (a @ b.T >= min_cosine).cpu().numpy()
-    return float(same[linear_sum_assignment(same, maximize=True)].sum()) / min(len(a), len(b))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,17 +252,6 @@ def _across(first: Mapping[str, Features], second: Mapping[str, Features]) -> fl
     """Mean overlap of a family's set in ``first`` with another family's in ``second``."""
     both = [(a, b) for x, a in first.items() for y, b in second.items() if x != y]
     return float(np.mean([overlap(a, b) for a, b in both]))
-
-
-def chance_intersection(
-    sizes: Sequence[int], n_features: int, n_draws: int = 1000, seed: int = 0
-) -> Int64[np.ndarray, " draw"]:
-    """How many features independent random sets of these sizes have in common."""
-    rng = np.random.default_rng(seed)
-    counts = np.zeros((n_draws, n_features), dtype=np.int64)
-    for size in sizes:
-        counts += rng.random((n_draws, n_features)).argsort(1).argsort(1) < size
-    return (counts == len(sizes)).sum(1)
 
 
 def matched_sets(

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dfc_lib.crosscoder.batches import ActivationSource, AnyActivations
 from dfc_lib.crosscoder.model import Crosscoder
@@ -126,8 +127,8 @@ def sample(config: PlantedConfig, n: int, seed: int) -> Sample:
     """
     truth_rng, rng = (torch.Generator().manual_seed(2 * seed + i) for i in (0, 1))
     truth = _plant(config, truth_rng)
-    loadings = _unit(torch.randn(config.n_features, config.n_factors, generator=truth_rng))
-    mean = _unit(torch.randn(2, config.d_model, generator=truth_rng)) * config.offset
+    loadings = normalize(torch.randn(config.n_features, config.n_factors, generator=truth_rng))
+    mean = config.offset * normalize(torch.randn(2, config.d_model, generator=truth_rng))
 
     common = torch.randn(n, config.n_factors, generator=rng) @ loadings.T
     own = torch.randn(n, config.n_features, generator=rng)
@@ -147,9 +148,9 @@ def _plant(config: PlantedConfig, rng: torch.Generator) -> Truth:
     ranks = torch.arange(1, config.n_shared + 1)
     rate = torch.cat([rates, rates, config.max_rate * ranks**-config.zipf_exponent])
 
-    first = _unit(torch.randn(n_features, config.d_model, generator=rng))
+    first = normalize(torch.randn(n_features, config.d_model, generator=rng))
     other = torch.randn(n_features, config.d_model, generator=rng)
-    other = _unit(other - (other * first).sum(-1, keepdim=True) * first)
+    other = normalize(other - (other * first).sum(-1, keepdim=True) * first)
     cosine = config.shared_cosine
     second = cosine * first + (1 - cosine**2) ** 0.5 * other
     second[owner == 1] = first[owner == 1]  # an exclusive feature has one direction
@@ -160,10 +161,6 @@ def _plant(config: PlantedConfig, rng: torch.Generator) -> Truth:
     log_gain[owner >= 0] = 0.0
     gain = torch.stack([-log_gain / 2, log_gain / 2], dim=1).exp() * writes
     return Truth(directions, gain, owner, rate)
-
-
-def _unit(v: Tensor) -> Tensor:
-    return v / v.norm(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -320,8 +317,7 @@ def cosines(
     rows: Float[Tensor, "row d_model"], directions: Float[Tensor, "direction d_model"]
 ) -> Float[Tensor, "row direction"]:
     """Cosine of every row with every direction; 0 where either is zero."""
-    normalise = torch.nn.functional.normalize
-    return normalise(rows.detach(), dim=-1) @ normalise(directions.detach(), dim=-1).T
+    return normalize(rows.detach()) @ normalize(directions.detach()).T
 
 
 def recovery(

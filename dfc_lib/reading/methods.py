@@ -19,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -35,7 +36,6 @@ from dfc_lib.reading.switches import LIVE
 from dfc_lib.steering.interventions import Intervention, Site
 
 if TYPE_CHECKING:
-    import pandas as pd
     from sae_lens import SAE
 
 Streams = Float[Tensor, "n model d_model"]  # A and B on the same texts, raw units
@@ -325,7 +325,7 @@ def stability(chosen: Sequence[Float[Tensor, " d_model"]]) -> float:
     return float((cosines.sum() - n) / (n * (n - 1)))
 
 
-def recovered(directions: Directions, truth: Truth) -> "tuple[pd.DataFrame, dict[str, float]]":
+def recovered(directions: Directions, truth: Truth) -> tuple[pd.DataFrame, dict[str, float]]:
     """Directions against planted truth, of either sign: a difference does not say whose it is.
 
     Returns:
@@ -333,8 +333,6 @@ def recovered(directions: Directions, truth: Truth) -> "tuple[pd.DataFrame, dict
         ``recall`` and ``false_discovery_rate`` (share of the directions that are no exclusive
         feature's; 0 if there are none).
     """
-    import pandas as pd
-
     parts, right = [], torch.zeros(len(directions), dtype=torch.bool)
     for m, name in enumerate("AB"):
         mine = truth.exclusive(m)

@@ -7,12 +7,12 @@ it out does to the model.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from dfc_lib import paths
 from dfc_lib.steering.interventions import Clean, Codec, Steer
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from dfc_lib.crosscoder.model import Crosscoder
     from dfc_lib.study import Study
 
@@ -25,7 +25,7 @@ def ablations(
     study: "Study",
     crosscoders: "Mapping[int, Crosscoder]",
     blocks: Sequence[str] = ("A_exclusive", "shared"),
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What A's propensity becomes on the selection prompts when one feature is taken out.
 
     Of B-exclusive features nothing is asked: they do not write to A.
@@ -39,8 +39,6 @@ def ablations(
         split, the one first whose ablation lowers the propensity most: ``seed``, ``block``,
         ``feature``, ``fires`` (on which share), ``clean``, ``ablated``, ``change``.
     """
-    import pandas as pd
-
     seen = study.cache("ranking_last")
     streams = seen.gather(seen.where(source="tool"))
     records = study.calls("selection", study.profile.n_steering)

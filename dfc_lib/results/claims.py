@@ -31,14 +31,13 @@ from dataclasses import asdict, dataclass
 from math import isnan, nan
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import pandas as pd
 
 from dfc_lib.profiles import Profile
 from dfc_lib.results import readings
 from dfc_lib.results.readings import Reading
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Verdict = Literal["fails", "untestable", "undecided", "holds"]
 DECISIVE: tuple[Verdict, ...] = ("fails", "untestable", "undecided", "holds")  # of parts, the first
@@ -127,7 +126,7 @@ def _level(reading: Reading) -> float:
     )
 
 
-def details(profile: Profile) -> "pd.DataFrame":
+def details(profile: Profile) -> pd.DataFrame:
     """One line per claim or part and reading, in the order of the claims.
 
     Returns:
@@ -140,7 +139,6 @@ def details(profile: Profile) -> "pd.DataFrame":
         FileNotFoundError: a notebook's readings are missing; the message says how to make them.
         ValueError: a reading is of a claim that does not exist, or has the name of another.
     """
-    import pandas as pd
     from statsmodels.stats.multitest import multipletests
 
     found = readings.load_readings(profile)
@@ -176,7 +174,7 @@ def details(profile: Profile) -> "pd.DataFrame":
     return table
 
 
-def scorecard(profile: Profile) -> "pd.DataFrame":
+def scorecard(profile: Profile) -> pd.DataFrame:
     """One line per claim, C1 to C14 and D1 to D4: the primary reading and the claim's verdict.
 
     Returns:

@@ -1,16 +1,14 @@
 """Marks that several figures share."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from numpy.typing import ArrayLike
+import pandas as pd
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 
-def whiskers(part: "pd.DataFrame", middle: str = "gain") -> np.ndarray:
+def whiskers(part: pd.DataFrame, middle: str = "gain") -> np.ndarray:
     """(2, n) lengths below and above ``middle`` of the intervals ``low``, ``high``."""
     # A bound can pass its own estimate by a rounding error, which errorbar refuses.
     below, above = part[middle] - part["low"], part["high"] - part[middle]
@@ -18,7 +16,7 @@ def whiskers(part: "pd.DataFrame", middle: str = "gain") -> np.ndarray:
 
 
 def points(
-    ax: "Axes", x: "ArrayLike", part: "pd.DataFrame", middle: str = "gain", **options: Any
+    ax: Axes, x: ArrayLike, part: pd.DataFrame, middle: str = "gain", **options: Any
 ) -> None:
     """Estimates with their intervals along ``x``: dots (``fmt="o-"``: joined) and whiskers."""
     ax.errorbar(
@@ -26,15 +24,13 @@ def points(
     )
 
 
-def bars(
-    ax: "Axes", y: "ArrayLike", part: "pd.DataFrame", middle: str = "gain", **options: Any
-) -> None:
+def bars(ax: Axes, y: ArrayLike, part: pd.DataFrame, middle: str = "gain", **options: Any) -> None:
     """As :func:`points`, lying down: one line per row, ``y`` says where."""
     options = {"fmt": "o", "ms": 4, "lw": 1.3} | options
     ax.errorbar(part[middle], y, xerr=whiskers(part, middle), **options)
 
 
-def level(ax: "Axes", value: float = 0.0, *, upright: bool = False, **options: Any) -> None:
+def level(ax: Axes, value: float = 0.0, *, upright: bool = False, **options: Any) -> None:
     """A thin line across all of a panel at what the marks are compared with: dotted, grey.
 
     Args:

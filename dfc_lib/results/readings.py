@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import nan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 
 from dfc_lib import paths
-from dfc_lib.results import figures
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from numpy.typing import ArrayLike
-
-    from dfc_lib.profiles import Profile
+from dfc_lib.profiles import Profile
+from dfc_lib.results import figures, tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +63,9 @@ def over_runs(
     claim: str,
     id: str,
     what: str,
-    values: "ArrayLike",
-    positive: "tuple[str, ArrayLike]",
-    control: "tuple[str, ArrayLike] | None" = None,
+    values: ArrayLike,
+    positive: tuple[str, ArrayLike],
+    control: tuple[str, ArrayLike] | None = None,
     *,
     unit: str = "pairs",
     seed: int = 0,
@@ -88,9 +85,8 @@ def over_runs(
         unit: what a run is, in words, plural.
         more: further fields of the reading.
     """
-    from dfc_lib.results import tables
 
-    def ends(middle: str, start: str, runs: "ArrayLike") -> dict[str, float]:
+    def ends(middle: str, start: str, runs: ArrayLike) -> dict[str, float]:
         names = middle, f"{start}low", f"{start}high"
         row = tables.over_runs_and_prompts(np.atleast_2d(runs), seed, n_bootstrap)
         return dict(zip(names, (row["estimate"], row["low"], row["high"]), strict=True))
@@ -108,14 +104,12 @@ def over_runs(
     return Reading(claim=claim, id=id, what=what, **fields | more)
 
 
-def save_readings(number: str, readings: Sequence[Reading], profile: "Profile") -> "pd.DataFrame":
+def save_readings(number: str, readings: Sequence[Reading], profile: Profile) -> pd.DataFrame:
     """Write ``<number>_readings``, one row per reading; returns the table.
 
     Raises:
         ValueError: two readings of a claim have the same id.
     """
-    import pandas as pd
-
     names = [(one.claim, one.id) for one in readings]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{number}_readings: these ids stand twice: {twice}")
@@ -126,7 +120,7 @@ def save_readings(number: str, readings: Sequence[Reading], profile: "Profile") 
     return table
 
 
-def load_readings(profile: "Profile") -> "pd.DataFrame":
+def load_readings(profile: Profile) -> pd.DataFrame:
     """The readings of our own pairs: the columns of :class:`Reading`, and ``notebook``.
 
     A notebook with ``"dfc": {"readings": "records"}`` in its metadata reads what others recorded,
@@ -136,8 +130,6 @@ def load_readings(profile: "Profile") -> "pd.DataFrame":
         FileNotFoundError: a notebook that writes readings has not been run at this profile; the
             message says how.
     """
-    import pandas as pd
-
     sources = {path.stem: path.read_text("utf-8") for path in paths.NOTEBOOKS.glob("*.ipynb")}
     ours = {name for name, source in sources.items() if '"readings": "records"' not in source}
     saved = {

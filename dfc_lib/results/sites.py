@@ -1,25 +1,20 @@
 """From a site scan to the settings that interventions are run in."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from dfc_lib.results import statistics, tables
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-
-def changes(scanned: "pd.DataFrame", seed: int = 0, n_bootstrap: int = 2_000) -> "pd.DataFrame":
+def changes(scanned: pd.DataFrame, seed: int = 0, n_bootstrap: int = 2_000) -> pd.DataFrame:
     """What the patches change, with bootstrap intervals over prompts.
 
     Returns:
         one line per (model, style, direction, layer, position, outcome): ``clean``, ``patched``,
         ``change`` with ``low`` and ``high``, ``n`` prompts.
     """
-    import pandas as pd
-
     levels = ["model", "style", "direction", "layer", "position"]
     rows = []
     for name, part in scanned.groupby(levels, sort=False):
@@ -33,8 +28,8 @@ def changes(scanned: "pd.DataFrame", seed: int = 0, n_bootstrap: int = 2_000) ->
 
 
 def settings(
-    table: "pd.DataFrame", wanted: Mapping[str, tuple[str, str]], layer: int | None = None
-) -> "pd.DataFrame":
+    table: pd.DataFrame, wanted: Mapping[str, tuple[str, str]], layer: int | None = None
+) -> pd.DataFrame:
     """Where to intervene in each setting, by one rule.
 
     The layer is that of :func:`layer_of` at the last prompt token, where the crosscoders of the
@@ -53,8 +48,6 @@ def settings(
         and ``tuned`` (propensities left alone), and at that site ``up``, what the tuned model's
         residual adds to the base's propensity, and ``down``, the other way round, with intervals.
     """
-    import pandas as pd
-
     own = {name: layer_of(table, *of, "last") for name, of in wanted.items()}
     layer = next(iter(own.values())) if layer is None else layer
     rows = []
@@ -75,7 +68,7 @@ def settings(
     return pd.DataFrame(rows)
 
 
-def layer_of(table: "pd.DataFrame", model: str, style: str, position: str) -> int:
+def layer_of(table: pd.DataFrame, model: str, style: str, position: str) -> int:
     """The layer at which to intervene, by one rule.
 
     The first layer at which the propensity moves by at least half of the gap between the two models

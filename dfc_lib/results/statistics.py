@@ -14,7 +14,7 @@ architectures within one D and k, say) is first averaged over the runs *within e
 resulting vector, one value per prompt, goes to `bootstrap_mean`.
 """
 
-from math import inf, isclose, nan, sqrt
+from math import isclose, nan, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -195,35 +195,34 @@ def max_statistic(
 # rates and signs
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson(successes: int, n: int) -> Interval:
     """A rate with Wilson's score interval, without continuity correction (Wilson 1927).
 
     Raises:
         ValueError: n < 1, or successes not in 0..n.
     """
-    return _binomial(successes, n, confidence, "wilson")
+    return _binomial(successes, n, "wilson")
 
 
-def exact_binomial(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def exact_binomial(successes: int, n: int) -> Interval:
     """A rate with its exact interval (Clopper and Pearson 1934): for rates of 0 and 1.
 
-    The interval is two-sided: for 0 of n it reaches up to 1 - ((1 - confidence) / 2)^(1/n).
+    The interval is two-sided: for 0 of n it reaches up to 1 - 0.025^(1/n).
 
     Raises:
         ValueError: n < 1, or successes not in 0..n.
     """
-    return _binomial(successes, n, confidence, "exact")
+    return _binomial(successes, n, "exact")
 
 
-def _binomial(successes: int, n: int, confidence: float, method: str) -> Interval:
-    _level(confidence)
+def _binomial(successes: int, n: int, method: str) -> Interval:
     if not (0 <= successes <= n and n >= 1 and successes % 1 == n % 1 == 0):
         raise ValueError(
             f"successes = {successes} of n = {n}: expected integers, 0 <= successes <= n >= 1"
         )
     from scipy.stats import binomtest
 
-    interval = binomtest(int(successes), int(n)).proportion_ci(confidence, method)
+    interval = binomtest(int(successes), int(n)).proportion_ci(0.95, method)
     return Interval(successes / n, float(interval.low), float(interval.high))
 
 
@@ -294,68 +293,6 @@ def welch(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Welch:
     return Welch(difference, float(low), float(high), float(groups.ttest_ind(usevar="unequal")[1]))
 
 
-class Tost(NamedTuple):
-    """Two one-sided tests of |mean(a) - mean(b)| < margin."""
-
-    low: float  # interval at 1 - 2 alpha: inside (-margin, margin) exactly when equivalent
-    high: float
-    p: float  # the larger of the two one-sided p-values
-    equivalent: bool  # p < alpha
-
-
-def tost(a: ArrayLike, b: ArrayLike, margin: float, alpha: float = 0.05) -> Tost:
-    """Equivalence of two group means within a margin, by Welch's t (Schuirmann 1987).
-
-    Two constant groups are equivalent if they differ by less than the margin; a group of one gives
-    NaN and is not equivalent.
-
-    Args:
-        a, b: (n_a,) and (n_b,) independent observations.
-        margin: largest difference that would not matter, in the units of a and b.
-        alpha: level of each one-sided test, and of the whole.
-
-    Raises:
-        ValueError: margin not positive, or a group empty, not one-dimensional or not finite.
-    """
-    if not 0 < margin < inf:
-        raise ValueError(f"margin is {margin}; give a positive difference in the units of the data")
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha is {alpha}; give a level between 0 and 0.5, such as 0.05")
-    difference, low, high, p = welch(a, b, 1 - 2 * alpha)
-    if low == high:
-        p = float(abs(difference) >= margin)
-    elif low < high:
-        from statsmodels.stats.weightstats import ttost_ind
-
-        p = float(ttost_ind(a, b, -margin, margin, usevar="unequal")[0])
-    return Tost(low, high, p, p < alpha)
-
-
-def power_welch(
-    n_a: int, n_b: int, sd_a: float, sd_b: float, difference: float, alpha: float = 0.05
-) -> float:
-    """Chance that `welch` finds a true difference: whether a null result says anything.
-
-    From the non-central t distribution with the Welch-Satterthwaite degrees of freedom of the true
-    standard deviations (an approximation: the test estimates them).
-
-    Raises:
-        ValueError: a group of fewer than two, a negative or two zero standard deviations.
-    """
-    if min(n_a, n_b) < 2 or min(sd_a, sd_b) < 0 or max(sd_a, sd_b) == 0:
-        raise ValueError(
-            f"n_a = {n_a}, n_b = {n_b} must be at least 2, and sd_a = {sd_a}, sd_b = {sd_b} "
-            "non-negative and not both 0"
-        )
-    # statsmodels knows the power of the pooled test only.
-    from scipy.stats import nct, t
-
-    v_a, v_b = sd_a**2 / n_a, sd_b**2 / n_b
-    df = (v_a + v_b) ** 2 / (v_a**2 / (n_a - 1) + v_b**2 / (n_b - 1))
-    shift, critical = difference / sqrt(v_a + v_b), t.ppf(1 - alpha / 2, df)
-    return float(nct.sf(critical, df, shift) + nct.cdf(-critical, df, shift))
-
-
 # ---------------------------------------------------------------------------------------------
 # correlation
 
@@ -370,7 +307,7 @@ class Pearson(NamedTuple):
     n: int
 
 
-def pearson(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Pearson:
+def pearson(x: ArrayLike, y: ArrayLike) -> Pearson:
     """Pearson's r with Fisher's interval tanh(atanh r +- z / sqrt(n - 3)) (Fisher 1921).
 
     Constant x or y: all NaN. n up to 3: bounds -1 and 1; perfect correlation: width 0.
@@ -382,12 +319,11 @@ def pearson(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Pearson:
         ValueError: fewer than two, not one-dimensional, not finite, or lengths that differ.
     """
     x, y = _paired(x, y, "x", "y")
-    _level(confidence)
     # Relative to its size: the rounding of a mean must not make a constant correlate.
     if any(isclose(v.min(), v.max(), rel_tol=1e-13) for v in (x, y)):
         return Pearson(nan, nan, nan, nan, x.size)
     from scipy.stats import pearsonr
 
     result = pearsonr(x, y)
-    low, high = result.confidence_interval(confidence)
+    low, high = result.confidence_interval()
     return Pearson(float(result.statistic), float(low), float(high), float(result.pvalue), x.size)

@@ -1,18 +1,15 @@
 """From outcomes (one line per prompt and cell) to the lines of a figure's table."""
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 
 from dfc_lib.results import statistics
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from numpy.typing import ArrayLike
 
-
-def where(table: "pd.DataFrame", **values: Hashable) -> "pd.DataFrame":
+def where(table: pd.DataFrame, **values: Hashable) -> pd.DataFrame:
     """The lines whose columns hold these values.
 
     Raises:
@@ -29,7 +26,7 @@ def where(table: "pd.DataFrame", **values: Hashable) -> "pd.DataFrame":
     return found
 
 
-def only(table: "pd.DataFrame", **values: Hashable) -> "pd.Series":
+def only(table: pd.DataFrame, **values: Hashable) -> pd.Series:
     """The one line whose columns hold these values.
 
     Raises:
@@ -42,7 +39,7 @@ def only(table: "pd.DataFrame", **values: Hashable) -> "pd.Series":
 
 
 def paired_table(
-    frame: "pd.DataFrame",
+    frame: pd.DataFrame,
     levels: str | Sequence[str],
     metrics: Sequence[str] = ("lenient",),
     *,
@@ -50,7 +47,7 @@ def paired_table(
     means: Sequence[str] = (),
     seed: int = 0,
     n_bootstrap: int = 10_000,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What every cell changes, prompt by prompt.
 
     Where a combination of levels holds several lines per prompt (seeds, random draws), they are
@@ -72,8 +69,6 @@ def paired_table(
     Raises:
         ValueError: no line of ``frame`` is called ``before``.
     """
-    import pandas as pd
-
     levels = [levels] if isinstance(levels, str) else list(levels)
     alone = where(frame, **{levels[0]: before}).groupby("prompt")
     cells = frame.groupby(levels, sort=False, dropna=False)
@@ -93,8 +88,8 @@ def paired_table(
 
 
 def changes(
-    frame: "pd.DataFrame", levels: Sequence[str], before: Hashable, outcome: str = "propensity"
-) -> "pd.DataFrame":
+    frame: pd.DataFrame, levels: Sequence[str], before: Hashable, outcome: str = "propensity"
+) -> pd.DataFrame:
     """What every cell changes on every prompt: one row per cell, one column per prompt.
 
     Args:
@@ -108,7 +103,7 @@ def changes(
     return outcomes - outcomes.loc[before]
 
 
-def over_seeds(values: "ArrayLike", confidence: float = 0.95) -> dict[str, float]:
+def over_seeds(values: ArrayLike, confidence: float = 0.95) -> dict[str, float]:
     """``estimate``, the mean over runs, with its t interval ``low``, ``high``; ``n`` runs."""
     values = np.asarray(values, dtype=float)
     d = statistics.paired_difference(
@@ -118,7 +113,7 @@ def over_seeds(values: "ArrayLike", confidence: float = 0.95) -> dict[str, float
 
 
 def over_runs_and_prompts(
-    values: "ArrayLike", seed: int = 0, n_bootstrap: int = 10_000, confidence: float = 0.95
+    values: ArrayLike, seed: int = 0, n_bootstrap: int = 10_000, confidence: float = 0.95
 ) -> dict[str, float]:
     """``estimate``, the mean of (runs, prompts), with its percentile bootstrap interval ``low``,
     ``high`` over both: runs and prompts are resampled independently, for all runs met the same
@@ -137,7 +132,7 @@ def over_runs_and_prompts(
     return {"estimate": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
-def rate_row(outcomes: "ArrayLike", exact: bool = False) -> dict[str, float]:
+def rate_row(outcomes: ArrayLike, exact: bool = False) -> dict[str, float]:
     """``estimate``, the share of trues, with its interval ``low``, ``high``; ``n`` of them.
 
     Args:

@@ -8,24 +8,20 @@ one, without sampling noise. Both are continuous where the rates are binary.
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import zip_longest
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.special import expit
 from torch import Tensor
 
 from dfc_lib.data import prompts, scoring
+from dfc_lib.data.pair import Pair
 from dfc_lib.data.prompts import Record
 from dfc_lib.steering import generation, sampling
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from dfc_lib.data.pair import Pair
-    from dfc_lib.steering.interventions import Intervention
+from dfc_lib.steering.interventions import Intervention
 
 OPENERS = ("<think>", "<tool_call>", '{"')
 
@@ -89,42 +85,23 @@ def evaluate(
     style: str,
     *,
     prefill: str = "",
-    published: bool = False,
-    temperature: float = 0.0,
-    seed: int = 0,
-    max_new_tokens: int = 80,
-    batch_size: int = 128,
-    progress: bool = False,
-) -> "pd.DataFrame":
-    """Greedy (or sampled) behaviour of a model on records: one row per record, in order.
+    **options: Any,
+) -> pd.DataFrame:
+    """Behaviour of a model on records: one row per record, in order.
 
-    `prefill` starts the assistant's turn (it counts as part of the response); `published` feeds the
-    system text alone.
+    `prefill` starts the assistant's turn (it counts as part of the response); `options` are those
+    of `sampling.sample`, which is greedy unless told otherwise.
 
     Returns:
         columns id, kind, domain, tool, held_out, response, margin, propensity, and those of
         `score`.
     """
-    import pandas as pd
-
-    if published:
-        texts = [prompts.published_text(r, style) for r in records]
-    else:
-        texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
+    texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
     ids = prompts.encode(tokenizer, texts)
-    sampled, logits = sampling.sample(
-        model,
-        ids,
-        eos=end_tokens(model, tokenizer),
-        temperature=temperature,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    sampled, logits = sampling.sample(model, ids, eos=end_tokens(model, tokenizer), **options)
     margins = margin(logits, opener_ids(tokenizer)).tolist()
     rows = []
-    for record, (tokens,), m in zip(records, sampled, margins, strict=True):
+    for record, tokens, m in zip(records, sampled, margins, strict=True):
         response = prefill + tokenizer.decode(tokens)
         rows.append(
             {
@@ -143,28 +120,23 @@ def evaluate(
 
 
 def intervene(
-    pair: "Pair",
+    pair: Pair,
     target: str,
     records: Sequence[Record],
-    interventions: "Mapping[Hashable, Intervention]",
+    interventions: Mapping[Hashable, Intervention],
     *,
     levels: Sequence[str] = ("cell",),
     style: str = prompts.FIXED_STYLE,
     prefill: str = "",
-    position: generation.Position = "last",
-    max_new_tokens: int = 80,
-    batch_size: int = 512,
-    prefix_cache: "generation.PrefixCache | None" = None,
-    out_dir: str | Path | None = None,
-    progress: bool = True,
-) -> "pd.DataFrame":
-    """Greedy behaviour of model `target` on records under every intervention (see
-    `generation.generate`, which also explains `position`, `batch_size`, `prefix_cache`, `out_dir`).
+    **options: Any,
+) -> pd.DataFrame:
+    """Greedy behaviour of model `target` on records under every intervention.
 
     Args:
         interventions: by name: a tuple with one value a level. A shorter one (or a single value)
             leaves the levels behind it missing.
         levels: what the values of a name mean; they are columns of the result.
+        options: of `generation.generate`: `position`, `batch_size`, `prefix_cache`, `out_dir`, ...
 
     Returns:
         one line per (record, cell), records outermost: `prompt` (index of the record), `levels`,
@@ -174,8 +146,6 @@ def intervene(
         ValueError: there are no records, a name has more values than there are levels, or a level
             is called as another column.
     """
-    import pandas as pd
-
     if not records:
         raise ValueError("records is empty; there is nothing to generate")
     columns = ["prompt", *levels, "delta", "response", "margin", "propensity"]
@@ -192,14 +162,9 @@ def intervene(
         target,
         prompts.encode(pair.tokenizer, texts),
         interventions,
-        position=position,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
         eos=end_tokens(pair.models[target], pair.tokenizer),
         readout=opener_ids(pair.tokenizer),
-        prefix_cache=prefix_cache,
-        out_dir=out_dir,
-        progress=progress,
+        **options,
     )
     margins = margin_of(torch.from_numpy(np.stack(generated.first_logprobs)))
     rows = []

@@ -14,11 +14,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from dfc_lib import provenance, store
 from dfc_lib.data.pair import Pair, fingerprint, in_chunks
@@ -41,9 +42,6 @@ from dfc_lib.steering.prefix import (
 )
 from dfc_lib.steering.sampling import Rows, ends_of, progress_bar, rollout
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 class GenerationError(RuntimeError):
     """A file of finished generations is damaged; says what to do."""
@@ -57,9 +55,9 @@ def generate(
     interventions: Mapping[Hashable, Intervention],
     *,
     position: Position = "last",
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 80,
     eos: int | Sequence[int] | None = None,
-    batch_size: int = 256,
+    batch_size: int = 512,
     readout: Sequence[int] | None = None,
     prefix_cache: PrefixCache | None = None,
     out_dir: str | Path | None = None,
@@ -94,8 +92,6 @@ def generate(
         ValueError: an argument is unusable; the message names it.
         GenerationError: a file below ``out_dir`` is damaged.
     """
-    import pandas as pd
-
     if position not in POSITIONS:
         raise ValueError(f"position={position!r}: one of {', '.join(POSITIONS)}.")
     if not interventions:
@@ -164,8 +160,6 @@ def generate(
 @cache
 def _finished(folder: Path) -> dict[str, dict]:
     """What a folder holds, by key: read once in a process, whose own finds are then added."""
-    import pandas as pd
-
     done = {}
     for shard in sorted(folder.glob("*.parquet")):
         try:
@@ -182,8 +176,6 @@ def _finished(folder: Path) -> dict[str, dict]:
 
 def _keep(folder: Path, found: dict[str, dict]) -> None:
     """Write one chunk as one file, whole or not at all, named by the keys in it."""
-    import pandas as pd
-
     table = pd.DataFrame([{"key": k, **record} for k, record in found.items()])
     store.write_atomically(folder / f"{store.key(*found)}.parquet", table.to_parquet(index=False))
 
@@ -258,8 +250,6 @@ class _Grid:
     def _from_last_token(
         self, found: Read, prompt: Int[Tensor, " pair"], cell: Int[Tensor, " pair"]
     ) -> tuple[Rows, Tensor, Sequence[int]]:
-        from transformers import DynamicCache
-
         stream, lengths = self.stream, found.lengths
         site = Site(found.hidden.float(), self.target)
         patched, ratios = self._apply(cell, lambda c: apply(self.cells[c], site), prompt)
@@ -284,8 +274,6 @@ class _Grid:
         prompt: Int[Tensor, " pair"],
         cell: Int[Tensor, " pair"],
     ) -> tuple[Rows, Tensor, Sequence[int]]:
-        from transformers import DynamicCache
-
         stream = self.stream
         patched, ratios = self._apply(
             cell, lambda c: apply_where(acted, self.cells[c], site), prompt

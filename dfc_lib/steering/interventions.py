@@ -12,7 +12,6 @@ one can be looked at without running a model::
 ==========================  ======================================================================
 ``Clean``                   nothing
 ``Reconstruction``          decode(encode(h)); ``blocks`` restricts the decoder (shared-only, ...)
-``ReconstructionPlusError``  the same plus what it leaves out: equals clean, a check on the plumbing
 ``Steer``                   h + (alpha - 1) sum_i f_i d_i   (alpha = 1 no-op, alpha = 0 ablation)
 ``Clamp``                   h + sum_i (c - f_i) d_i         (works also where f_i = 0)
 ``Patch``                   a fixed vector instead of h: the tool mean, the neutral mean
@@ -38,18 +37,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dfc_lib.crosscoder import kernels
+from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data.pair import fingerprint
 from dfc_lib.provenance import code_text
-
-if TYPE_CHECKING:
-    from dfc_lib.crosscoder.model import Crosscoder
-
 
 # ---------------------------------------------------------------------------------------------
 # how a crosscoder is applied
@@ -80,6 +77,11 @@ class Codec:
             raise ValueError(f"protocol={self.protocol!r}: 'calibrated' or 'published'.")
         if self.encoding not in ("joint", "own"):
             raise ValueError(f"encoding={self.encoding!r}: 'joint' or 'own'.")
+
+    @property
+    def reads_others(self) -> bool:
+        """Whether the code depends on other models than the target."""
+        return self.encoding == "joint"
 
     @cached_property
     def used(self) -> Crosscoder:
@@ -115,8 +117,6 @@ class Codec:
         self, preactivations: Float[Tensor, "batch d_dict"]
     ) -> Float[Tensor, "batch d_dict"]:
         """The code that these pre-activations give: ReLU and top-k (or BatchTopK's threshold)."""
-        from dfc_lib.crosscoder import kernels
-
         if self.used.cfg.batchtopk:
             pattern = kernels.above(preactivations, float(self.used.threshold))
         else:
@@ -212,28 +212,25 @@ def apply_where(
     return new, ratio / acted.sum(1).clamp_min(1)
 
 
-@dataclass(frozen=True, eq=False)
-class Clean(Intervention):
-    """Nothing is changed."""
+class Composed(Intervention):
+    """One that sees other models through the codecs and interventions that it is made of alone."""
 
-    reads_others = False
+    @property
+    def reads_others(self) -> bool:  # type: ignore[override]
+        made_of = vars(self).values()
+        return any(it.reads_others for it in made_of if isinstance(it, Codec | Intervention))
+
+
+@dataclass(frozen=True, eq=False)
+class Clean(Composed):
+    """Nothing is changed."""
 
     def new(self, site: Site) -> Tensor:
         return site.own
 
 
-class _Coded(Intervention):
-    """Any intervention that goes through a ``codec``."""
-
-    codec: Codec
-
-    @property
-    def reads_others(self) -> bool:  # type: ignore[override]
-        return self.codec.encoding == "joint"
-
-
 @dataclass(frozen=True, eq=False)
-class Reconstruction(_Coded):
+class Reconstruction(Composed):
     """decode(encode(h)), with the features of ``blocks`` alone (default: all).
 
     ``("shared",)`` and ``("A_exclusive",)`` are the shared-only and exclusive-only reconstructions;
@@ -248,18 +245,7 @@ class Reconstruction(_Coded):
 
 
 @dataclass(frozen=True, eq=False)
-class ReconstructionPlusError(_Coded):
-    """The reconstruction plus the error term h - reconstruction: must behave as clean does."""
-
-    codec: Codec
-
-    def new(self, site: Site) -> Tensor:
-        reconstruction = self.codec.decode(site.code(self.codec), site.target)
-        return reconstruction + (site.own - reconstruction)
-
-
-@dataclass(frozen=True, eq=False)
-class Steer(_Coded):
+class Steer(Composed):
     """h + sum over ``features`` of (alpha - 1) f_i s_m W_dec[i, m], f after the top-k.
 
     alpha = 1 changes nothing, alpha = 0 ablates. ``rows_of``: write another model's decoder rows
@@ -277,7 +263,7 @@ class Steer(_Coded):
 
 
 @dataclass(frozen=True, eq=False)
-class Clamp(_Coded):
+class Clamp(Composed):
     """Set each of ``features`` to ``value`` (in units of the code): h + sum (value - f_i) s_m d_i.
 
     Acts also where the feature is silent, which scaling cannot.
@@ -294,24 +280,22 @@ class Clamp(_Coded):
 
 
 @dataclass(frozen=True, eq=False)
-class Patch(Intervention):
+class Patch(Composed):
     """One vector in the place of every activation: a mean patch (of tool or of neutral text)."""
 
     vector: Float[Tensor, " d_model"]
-    reads_others = False
 
     def new(self, site: Site) -> Tensor:
         return self.vector.to(site.h).expand_as(site.own)
 
 
 @dataclass(frozen=True, eq=False)
-class AddVector(Intervention):
+class AddVector(Composed):
     """h + alpha v; with v the mean on tool text minus the mean on neutral text, the difference in
     means."""
 
     vector: Float[Tensor, " d_model"]
     alpha: float = 1.0
-    reads_others = False
 
     def delta(self, site: Site) -> Tensor:
         return (self.alpha * self.vector.to(site.h)).expand_as(site.own)
@@ -331,15 +315,18 @@ class OtherModel(Intervention):
 # controls of matched size
 
 
-def _to_norm_of(like: Intervention, direction: Tensor, site: Site) -> Tensor:
-    """``direction`` (rows or one vector) rescaled to the norm of ``like``'s delta, row by row."""
-    length = like.delta(site).norm(dim=-1, keepdim=True)
+def _unit(direction: Tensor) -> Tensor:
+    """``direction`` (rows or one vector) at length 1; what is zero stays so."""
     norm = direction.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, direction / norm.clamp_min(1e-30), 0.0) * length
+    return torch.where(norm > 0, direction / norm.clamp_min(1e-30), 0.0)
+
+
+def _length(like: Intervention, site: Site) -> Float[Tensor, "batch 1"]:
+    return like.delta(site).norm(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
-class RandomDirection(Intervention):
+class RandomDirection(Composed):
     """h + ||delta of ``like``|| u, with a fixed direction u: is it this direction, or any?
 
     Draw many with :func:`random_directions`.
@@ -348,12 +335,8 @@ class RandomDirection(Intervention):
     like: Intervention
     direction: Float[Tensor, " d_model"]
 
-    @property
-    def reads_others(self) -> bool:  # type: ignore[override]
-        return self.like.reads_others
-
     def delta(self, site: Site) -> Tensor:
-        return _to_norm_of(self.like, self.direction.to(site.h), site)
+        return _unit(self.direction.to(site.h)) * _length(self.like, site)
 
 
 def random_directions(
@@ -387,7 +370,7 @@ def random_directions(
 
 
 @dataclass(frozen=True, eq=False)
-class RandomFeatures(_Coded):
+class RandomFeatures(Composed):
     """``size`` random *active* features of ``block``, their summed output scaled to ||delta|| of
     ``like``: is it these features, or any that fire?
 
@@ -403,10 +386,6 @@ class RandomFeatures(_Coded):
     seed: int = 0
     exclude: tuple[int, ...] = ()
     rows_of: str | int | None = None
-
-    @property
-    def reads_others(self) -> bool:  # type: ignore[override]
-        return super().reads_others or self.like.reads_others
 
     def delta(self, site: Site) -> Tensor:
         f = site.code(self.codec)
@@ -424,11 +403,11 @@ class RandomFeatures(_Coded):
                 f"block {self.block!r} has only zero rows for model {site.target}: nothing to add. "
                 "Choose a block of that model, or set rows_of."
             )
-        return _to_norm_of(self.like, (f[:, order] * chosen) @ rows, site)
+        return _unit((f[:, order] * chosen) @ rows) * _length(self.like, site)
 
 
 @dataclass(frozen=True, eq=False)
-class Dose(Intervention):
+class Dose(Composed):
     """The change of ``of`` with its length set to ``length``, in raw units, on every row.
 
     What differs between two of the same length is the direction alone. A row that ``of`` does not
@@ -438,14 +417,8 @@ class Dose(Intervention):
     of: Intervention
     length: float
 
-    @property
-    def reads_others(self) -> bool:  # type: ignore[override]
-        return self.of.reads_others
-
     def delta(self, site: Site) -> Tensor:
-        change = self.of.delta(site)
-        norm = change.norm(dim=-1, keepdim=True)
-        return torch.where(norm > 0, change / norm.clamp_min(1e-30), 0.0) * self.length
+        return _unit(self.of.delta(site)) * self.length
 
 
 # ---------------------------------------------------------------------------------------------

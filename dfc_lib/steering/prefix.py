@@ -15,18 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from dfc_lib.data.pair import Pair, PairError, depth, in_chunks
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache
 
 Position = Literal["last", "every", "every_but_first"]
 POSITIONS = ("last", "every", "every_but_first")
@@ -263,8 +261,6 @@ def to_site(
 
     A model that no cell reads (``runs`` is false) stands as NaN, so that a misuse shows.
     """
-    from transformers import DynamicCache
-
     caches = [DynamicCache() for _ in streams]
     hidden = [
         stream.blocks(stream.lower, stream.embed(ids), at, cache) if run else None
@@ -296,8 +292,6 @@ def read(
     streams: Sequence[Stream], runs: Sequence[bool], target: int, prompts: Sequence[Sequence[int]]
 ) -> Read:
     """Run prompts through the blocks up to the site, and the target's earlier tokens above it."""
-    from transformers import DynamicCache
-
     stream, upper = streams[target], DynamicCache()
     ids, at, lengths = padded(prompts, stream.device)
     hidden, lower = to_site(streams, runs, ids, at)

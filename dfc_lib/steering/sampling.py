@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from dfc_lib.data.pair import Pair, in_chunks
 from dfc_lib.steering.interventions import Clean, Intervention, Site, apply_where
 from dfc_lib.steering.prefix import (
-    POSITIONS,
     Prefix,
     Stream,
     acted_on,
@@ -23,10 +25,6 @@ from dfc_lib.steering.prefix import (
     shared_prefix_attention,
     to_site,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from transformers import DynamicCache
 
 
 def ends_of(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
@@ -39,8 +37,6 @@ def ends_of(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
 
 
 def progress_bar(total: int, unit: str, progress: bool):
-    from tqdm.auto import tqdm
-
     return tqdm(total=total, unit=" " + unit, disable=not progress, dynamic_ncols=True)
 
 
@@ -117,11 +113,11 @@ def rollout(
 
 
 class Samples(NamedTuple):
-    """Continuations without the end token, ``tokens[prompt][sample]``, and what the first tokens
-    were drawn from, float32 on the CPU.
+    """Of each prompt its continuation without the end token, and what the first token was drawn
+    from, float32 on the CPU.
     """
 
-    tokens: list[list[list[int]]]
+    tokens: list[list[int]]
     first_logits: Float[Tensor, "prompt vocab"]
 
 
@@ -129,30 +125,25 @@ class Samples(NamedTuple):
 def sample(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    temperature: float = 1.0,
-    n: int = 1,
+    temperature: float = 0.0,
     seed: int = 0,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 80,
     eos: int | Sequence[int] | None = None,
-    batch_size: int = 256,
+    batch_size: int = 128,
     progress: bool = False,
 ) -> Samples:
-    """``n`` continuations of each prompt (token ids).
+    """A continuation of each prompt (token ids).
 
-    ``temperature=0`` is greedy (then ``n`` must be 1). ``eos`` defaults to the model's own end
+    ``temperature=0`` is greedy. ``eos`` defaults to the model's own end
     tokens. A sample depends on ``seed`` and on its place in the list, not on ``batch_size``: each
     token inverts the cumulative distribution at a uniform number drawn beforehand.
     """
-    from transformers import DynamicCache
-
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: must be 0 (greedy) or above.")
-    if n < 1 or (temperature == 0 and n != 1):
-        raise ValueError(f"n={n}: must be 1 or above, and 1 where temperature=0 (greedy).")
     order, stream, ends = longest_first(model, prompts), Stream(model), ends_of(model, eos)
     draws = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(prompts), n, max_new_tokens, generator=draws, dtype=torch.float64)
-    out: list[list[list[int]]] = [[] for _ in prompts]
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=draws, dtype=torch.float64)
+    out: list[list[int]] = [[] for _ in prompts]
     first = torch.empty(len(prompts), model.lm_head.weight.shape[0])
 
     def work(items: list[int], _size: int) -> int:
@@ -160,24 +151,23 @@ def sample(
         read = DynamicCache()
         hidden = stream.blocks(stream.lower, stream.embed(ids), at, read)
         row = torch.arange(len(items), device=stream.device)
-        logits, group = stream.logits(hidden[row, lengths - 1]), row.repeat_interleave(n)
+        logits, u = stream.logits(hidden[row, lengths - 1]), uniform[items].to(stream.device)
         first[items] = logits.cpu()
-        prefixes = dict.fromkeys(stream.lower, Prefix(keys_values(read), lengths, group))
-        u = uniform[items].flatten(0, 1).to(stream.device)  # (row, step)
+        prefixes = dict.fromkeys(stream.lower, Prefix(keys_values(read), lengths, row))
 
         def draw(logits: Tensor, rows: Tensor, step: int) -> Tensor:
             cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
             point = u[rows, step, None] * cumulative[:, -1:]
             return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
-        start = Rows(logits[group], lengths[group], DynamicCache(), prefixes)
+        start = Rows(logits, lengths, DynamicCache(), prefixes)
         rolled = rollout(stream, start, ends, max_new_tokens, draw if temperature else greedy)
-        for i, (tokens, _finished) in zip(group.tolist(), rolled, strict=True):
-            out[items[i]].append(tokens)
+        for i, (tokens, _finished) in zip(items, rolled, strict=True):
+            out[i] = tokens
         return len(items)
 
     with shared_prefix_attention([model]), progress_bar(len(prompts), "prompts", progress) as bar:
-        for done in in_chunks(order, lambda _: n, batch_size, work):
+        for done in in_chunks(order, lambda _: 1, batch_size, work):
             bar.update(done)
     return Samples(out, first)
 
@@ -193,20 +183,16 @@ def score(
     texts: Sequence[Sequence[int]],
     interventions: Mapping[str, Intervention],
     *,
-    position: Literal["every", "every_but_first"] = "every_but_first",
     batch_size: int = 16,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """What interventions do to the prediction of given texts (token ids), at every token of them.
+    """What interventions do to the prediction of given texts (token ids), at every token of them
+    but the first.
 
     Returns one line per (text, cell): ``text`` (index), ``cell``, ``n`` tokens predicted (all but
     the first), ``nll`` (mean negative log-likelihood in nats, so perplexity is its exponential over
     all tokens), ``kl`` (mean KL(clean || cell) in nats), ``delta`` (mean ||delta|| / ||h||).
     """
-    import pandas as pd
-
-    if position not in POSITIONS[1:]:
-        raise ValueError(f"position={position!r}: one of {', '.join(POSITIONS[1:])}.")
     for i, text in enumerate(texts):
         if len(text) < 2:
             raise ValueError(f"texts[{i}] has {len(text)} tokens; scoring needs at least 2.")
@@ -221,7 +207,10 @@ def score(
     def work(items: list[int], _size: int) -> int:
         ids, at, lengths = padded([texts[i] for i in items], stream.device)
         hidden, _ = to_site(streams, runs, ids, at)
-        site, acted = Site(hidden.flatten(0, 1).float(), t), acted_on(at, lengths, position)
+        site, acted = (
+            Site(hidden.flatten(0, 1).float(), t),
+            acted_on(at, lengths, "every_but_first"),
+        )
         real, n = at[:, 1:] < lengths[:, None], lengths - 1
 
         def logprobs(cell: Intervention) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ at that site, and its positive control.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy.special import expit
@@ -20,9 +21,6 @@ from dfc_lib.data.pair import depth
 from dfc_lib.data.prompts import Record
 from dfc_lib.steering.evaluation import margin, opener_ids
 from dfc_lib.steering.prefix import Stream, longest_first, padded, shared_prefix_attention
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Position = Literal["last", "every"]
 
@@ -39,7 +37,7 @@ def scan(
     layers: Sequence[int] | None = None,
     batch_size: int = 32,
     progress: bool = True,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Patch every tuned model and the base with each other, layer by layer.
 
     Each model reads each prompt once and keeps its residuals after every layer; a patch redoes the
@@ -58,8 +56,6 @@ def scan(
         token there is one; and both of the same model left alone, ``clean_propensity`` and
         ``clean_acts``.
     """
-    import pandas as pd
-
     layers = range(depth(base)) if layers is None else layers
     openers = opener_ids(tokenizer)
     parts = []
@@ -129,10 +125,8 @@ def _outcomes(
     layer: int,
     lengths: Int[Tensor, " prompt"],
     openers: Sequence[int],
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What a model does that goes on from these residuals after ``layer``."""
-    import pandas as pd
-
     stream = Stream(model, layer)
     at = torch.arange(hidden.shape[1], device=stream.device).expand(hidden.shape[:2])
     hidden = stream.blocks(stream.upper, hidden.to(stream.device, stream.dtype), at, None)

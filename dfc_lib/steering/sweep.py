@@ -35,7 +35,7 @@ from dfc_lib.data.pair import fingerprint
 from dfc_lib.data.prompts import Record
 from dfc_lib.profiles import Profile
 from dfc_lib.steering import interventions
-from dfc_lib.steering.interventions import Codec, Intervention, Reconstruction, Site
+from dfc_lib.steering.interventions import Codec, Composed, Intervention, Reconstruction, Site
 from dfc_lib.steering.prefix import PrefixCache
 from dfc_lib.study import Study
 
@@ -163,7 +163,7 @@ def folder(study: Study) -> Path:
     key = [provenance.code_hash(__name__), pair.layer, profile.dtype]
     key += [vectors(study).key, study.ids(records(study))]
     key += [fingerprint(model) for model in pair.models.values()]
-    return study.build / "sweep" / provenance.digest(key)[:16]
+    return study.build / "sweep" / store.key(*key)
 
 
 def job(run: Run, study: Study) -> Job:
@@ -267,26 +267,21 @@ def _error(crosscoder: Crosscoder, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Intervention):
+class Scaled(Composed):
     """h + ratio h: gives random patches a length, ||delta|| / ||h|| = ratio."""
 
     ratio: float
-    reads_others = False
 
     def delta(self, site: Site) -> Tensor:
         return self.ratio * site.own
 
 
 @dataclass(frozen=True, eq=False)
-class Stretched(Intervention):
+class Stretched(Composed):
     """Another intervention's change, ``factor`` times as long."""
 
     like: Intervention
     factor: float
-
-    @property
-    def reads_others(self) -> bool:  # type: ignore[override]
-        return self.like.reads_others
 
     def delta(self, site: Site) -> Tensor:
         return self.factor * self.like.delta(site)
