@@ -139,6 +139,7 @@ def test_a_row_is_mapped_faithfully():
     assert record.gold == row["output"]
     training = prompts.messages(record, prompts.TRAINING_STYLES[0])
     assert [m["content"] for m in training] == [row["instruction"], row["input"]]
+    assert prompts.published_text(record, prompts.TRAINING_STYLES[0]) == row["instruction"]
 
 
 def test_the_fixed_prompt_is_not_the_training_prompt():

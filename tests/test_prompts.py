@@ -40,6 +40,7 @@ def test_every_style_shows_query_and_tools(style):
     assert messages[0]["role"] == "system"
     assert all(name in messages[0]["content"] for name in record.tool_names)
     assert record.query in messages[-1]["content"]
+    assert record.query not in prompts.published_text(record, style)
 
 
 def test_the_fixed_prompt_is_one_that_rl_never_saw():

@@ -199,8 +199,7 @@ def test_tables_are_tidy_and_hold_no_prompt(folder):
     assert explained.source.to_dict() == {7: "autointerp/toolrl", 8: "autointerp_local/dfc-a"}
     assert public_records.uniform_scaling(folder).scale.tolist() == [2.0, 2.0]
     assert public_records.rankings(folder).crosscoder.tolist() == ["dfc-a"]
-    assert len(public_records.clusters(folder)) == 1
-    for read in ("runs", "steered", "explanations", "uniform_scaling", "rankings", "clusters"):
+    for read in ("runs", "steered", "explanations", "uniform_scaling", "rankings"):
         assert TEXT not in getattr(public_records, read)(folder).to_csv()
 
 

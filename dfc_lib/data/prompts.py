@@ -3,7 +3,8 @@
 A record is style-free: the tools on offer, the user's query and the gold answer in ToolRL's layout
 (arXiv 2504.13958: think, then tool call or response). A `Style` turns it into chat messages. RL
 sees only `TRAINING_STYLES`; the *fixed prompt* of the `calibrated` protocol is a style that RL
-never saw. A record that brings the very texts that RL saw (`system`, `user`) shows them wherever a
+never saw; the `published` protocol feeds the system text alone (S1: no user query, no chat
+template). A record that brings the very texts that RL saw (`system`, `user`) shows them wherever a
 training style is asked for. `corpora` says where records come from.
 """
 
@@ -214,6 +215,11 @@ def chat_text(tokenizer, record: Record, style: str, prefill: str = "") -> str:
     laid_out = messages(record, style)
     text = tokenizer.apply_chat_template(laid_out, tokenize=False, add_generation_prompt=True)
     return text + prefill
+
+
+def published_text(record: Record, style: str) -> str:
+    """The prompt of S1's public code: the system text alone, no user query, no chat template."""
+    return messages(record, style)[0]["content"]
 
 
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:

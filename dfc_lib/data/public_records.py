@@ -195,11 +195,6 @@ def names(folder: Path, layer: int = 13) -> list[str]:
     return [one["name"] for one in listed if one["hyperparameters"]["layer"] == layer]
 
 
-def clusters(folder: Path) -> pd.DataFrame:
-    """UMAP coordinates and cluster of one DFC's 819 A-exclusive features, as recorded."""
-    return pd.read_csv(folder / "d247064/results/clusters/aexcl_assignments.csv")
-
-
 def _lines(folder: Path, path: str) -> list[dict[str, Any]]:
     text = (folder / path).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line.strip()]

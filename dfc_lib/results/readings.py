@@ -143,5 +143,5 @@ def load_readings(profile: Profile) -> pd.DataFrame:
         raise FileNotFoundError(
             f"no readings of {', '.join(missing)} at {profile.name}; make them: {remedy}"
         )
-    tables = [figures.load_data(id, profile).assign(notebook=name) for id, name in saved.items()]
-    return pd.concat(tables, ignore_index=True)
+    loaded = [figures.load_data(id, profile).assign(notebook=name) for id, name in saved.items()]
+    return pd.concat(loaded, ignore_index=True)

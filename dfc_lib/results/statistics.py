@@ -64,11 +64,6 @@ def _paired(a: ArrayLike, b: ArrayLike, first: str, second: str) -> tuple[np.nda
     return a, b
 
 
-def _level(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; give a share between 0 and 1, such as 0.95")
-
-
 # ---------------------------------------------------------------------------------------------
 # over prompts
 
@@ -89,7 +84,8 @@ def bootstrap_mean(
         ValueError: `values` is empty, not one-dimensional or not finite.
     """
     values = _vector(values, "values")
-    _level(confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; give a share between 0 and 1, such as 0.95")
     if values.size == 1:
         return Interval(float(values[0]), nan, nan)
     from scipy.stats import bootstrap
@@ -266,7 +262,7 @@ class Welch(NamedTuple):
     p: float
 
 
-def welch(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Welch:
+def welch(a: ArrayLike, b: ArrayLike) -> Welch:
     """Welch's t-test and the interval of the difference (Welch 1947).
 
     Two constant groups give an interval of width 0 and p 1 (equal) or 0 (different): their variance
@@ -279,7 +275,6 @@ def welch(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Welch:
         ValueError: a group is empty, not one-dimensional or not finite.
     """
     a, b = _vector(a, "a"), _vector(b, "b")
-    _level(confidence)
     difference = float(a.mean() - b.mean())
     if min(a.size, b.size) < 2:
         return Welch(difference, nan, nan, nan)
@@ -289,7 +284,7 @@ def welch(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Welch:
     from statsmodels.stats.weightstats import CompareMeans
 
     groups = CompareMeans.from_data(a, b)
-    low, high = groups.tconfint_diff(1 - confidence, usevar="unequal")
+    low, high = groups.tconfint_diff(usevar="unequal")
     return Welch(difference, float(low), float(high), float(groups.ttest_ind(usevar="unequal")[1]))
 
 

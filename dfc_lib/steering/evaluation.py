@@ -85,18 +85,23 @@ def evaluate(
     style: str,
     *,
     prefill: str = "",
+    published: bool = False,
     **options: Any,
 ) -> pd.DataFrame:
     """Behaviour of a model on records: one row per record, in order.
 
-    `prefill` starts the assistant's turn (it counts as part of the response); `options` are those
-    of `sampling.sample`, which is greedy unless told otherwise.
+    `prefill` starts the assistant's turn (it counts as part of the response); `published` feeds the
+    system text alone. `options` are those of `sampling.sample`, which is greedy unless told
+    otherwise.
 
     Returns:
         columns id, kind, domain, tool, held_out, response, margin, propensity, and those of
         `score`.
     """
-    texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
+    if published:
+        texts = [prompts.published_text(r, style) for r in records]
+    else:
+        texts = [prompts.chat_text(tokenizer, r, style, prefill) for r in records]
     ids = prompts.encode(tokenizer, texts)
     sampled, logits = sampling.sample(model, ids, eos=end_tokens(model, tokenizer), **options)
     margins = margin(logits, opener_ids(tokenizer)).tolist()

@@ -207,10 +207,8 @@ def score(
     def work(items: list[int], _size: int) -> int:
         ids, at, lengths = padded([texts[i] for i in items], stream.device)
         hidden, _ = to_site(streams, runs, ids, at)
-        site, acted = (
-            Site(hidden.flatten(0, 1).float(), t),
-            acted_on(at, lengths, "every_but_first"),
-        )
+        site = Site(hidden.flatten(0, 1).float(), t)
+        acted = acted_on(at, lengths, "every_but_first")
         real, n = at[:, 1:] < lengths[:, None], lengths - 1
 
         def logprobs(cell: Intervention) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,6 @@ from dfc_lib.data.prompts import Record
 from dfc_lib.steering.evaluation import margin, opener_ids
 from dfc_lib.steering.prefix import Stream, longest_first, padded, shared_prefix_attention
 
-Position = Literal["last", "every"]
-
 
 @torch.no_grad()
 def scan(
@@ -33,7 +31,6 @@ def scan(
     records: Sequence[Record],
     *,
     styles: Sequence[str],
-    positions: Sequence[Position] = ("last", "every"),
     layers: Sequence[int] | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -83,7 +80,7 @@ def scan(
                         clean = _outcomes(target, own[-1], depth(target) - 1, lengths, openers)
                         clean = clean.add_prefix("clean_").assign(prompt=chunk)
                         for layer in layers:
-                            for position in positions:
+                            for position in ("last", "every"):
                                 h = _patched(own[layer], other[layer], lengths, position)
                                 found = _outcomes(target, h, layer, lengths, openers).join(clean)
                                 at = where | {"layer": layer, "position": position}
@@ -110,7 +107,7 @@ def _patched(
     own: Float[Tensor, "prompt token d_model"],
     other: Float[Tensor, "prompt token d_model"],
     lengths: Int[Tensor, " prompt"],
-    position: Position,
+    position: Literal["last", "every"],
 ) -> Float[Tensor, "prompt token d_model"]:
     if position == "every":
         return other.to(own)
