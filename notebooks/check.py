@@ -346,6 +346,8 @@ def ex05_2(answer: Callable[[float], torch.Tensor], codec: Codec, h: torch.Tenso
     def same(a: torch.Tensor, b: torch.Tensor) -> bool:
         return torch.allclose(a, b.to(a), rtol=1e-3, atol=1e-3)
 
+    if not once.any():
+        return "no feature of the block fires on these vectors: take a crosscoder whose block lives"
     if moved[1.0].shape != of_a.shape:
         return (
             f"the change has the shape {tuple(moved[1.0].shape)}, A's vectors {tuple(of_a.shape)}"

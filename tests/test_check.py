@@ -601,3 +601,11 @@ def test_every_exercise_has_an_empty_answer_before_its_solution():
             assert called[0].removeprefix("ex").startswith(name.partition("_")[0])
             used.add(called[0])
     assert used == set(CASES)
+
+
+def test_a_block_that_is_silent_cannot_decide(capsys):
+    """Where nothing fires, every function that changes nothing would be right."""
+    silent = tied_crosscoder()
+    silent.W_dec.data[silent.partition.slice("A_exclusive")] = 0.0
+    check.ex05_2(lambda alpha: torch.zeros_like(VECTORS[:, 0]), Codec(silent), VECTORS)
+    assert "no feature of the block fires" in capsys.readouterr().out

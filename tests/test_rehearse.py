@@ -78,7 +78,7 @@ def test_a_device_that_is_not_here_is_replaced_and_named(own, monkeypatch):
     monkeypatch.setattr(rehearse, "_is_here", lambda device: device == "cpu")
     profile = profiles.get(own(device="cuda"))
     small = rehearse.write_profile(profile)
-    assert small.device == "cpu"
+    assert (small.device, small.dtype) == ("cpu", "float32")
     page = rehearse.report(profile, small, [], {"00_model_pair": ""})
     assert "device 'cuda' is not here" in page
 
@@ -119,6 +119,11 @@ def test_one_failure_hides_no_other_notebook(own, monkeypatch, capsys):
     ran = []
 
     def run(project, wanted, jobs=0):
+        if ran:  # a rehearsal that is stopped leaves what it has found
+            report = paths.build("mine_rehearsal", "rehearsal.md").read_text(encoding="utf-8")
+            assert f"- {ran[-1]}: " in report
+        else:
+            assert "before the full run: n_evaluation asks for" in capsys.readouterr().out
         ran.extend(wanted)
         if wanted == ["05_steering"]:
             raise CompendiumError("05 failed\n\nValueError: too short\n\nAll until there is in x")
@@ -132,6 +137,7 @@ def test_one_failure_hides_no_other_notebook(own, monkeypatch, capsys):
     assert "needs 05_steering, 09_rl_vs_sft" in shown
     assert "06_spillover" in ran
     assert "09_rl_vs_sft" not in ran
+    assert "quickstart" not in ran
     assert "ESTIMATES" in shown
     assert paths.build("mine_rehearsal", "rehearsal.md").read_text() in shown
 

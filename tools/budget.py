@@ -69,8 +69,9 @@ def config_of(source: Path | str) -> Mapping[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # the hub's client has many kinds of its own
         raise ValueError(
-            f"{source}: no config.json ({type(error).__name__}: {error}). Download the model, or "
-            "see why the hub cannot be reached"
+            f"{source} is no folder with a config.json, and the hub gave none of that name "
+            f"({type(error).__name__}: {error}). Correct the path, download the model, or see why "
+            "the hub cannot be reached"
         ) from error
 
 

@@ -5,8 +5,9 @@
 The profile's models and texts are taken as they are; its sizes are cut down to those of ``smoke``.
 All notebooks run on that, one after the other, so that one which fails does not hide the next. The
 report says which ran, what to change in the profile before the full run, and what that run will
-need; it is printed and kept in ``build/<name>_rehearsal/rehearsal.md``. Numbers and figures of a
-rehearsal mean nothing.
+need; it is printed and kept in ``build/<name>_rehearsal/rehearsal.md``, where it is brought up to
+date after each notebook. What is found before the first one is printed at once. Numbers and figures
+of a rehearsal mean nothing.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from tools import budget, runner
 from tools.freshness import CompendiumError, Project, select
 
 COUNTS = ("dict_size", "k", "steps", "batch_size", "many_seeds", "batch_generation")
+COUNTS += ("max_new_tokens",)
 NOT_IN_A_FILE = ("name", "published", "file")
+EMBEDDED = "quickstart"  # shows the shipped crosscoder, which is the embedded pair's
 NEEDS_CHECKPOINTS = "09_rl_vs_sft"  # of an RL and an SFT run, which few pairs come with
 
 
@@ -32,7 +35,8 @@ def settings(profile: Profile, device: str | None = None) -> dict[str, Any]:
     """What a profile file says of the rehearsal: the profile's own fields, its sizes cut down.
 
     Args:
-        device: in place of the profile's.
+        device: in place of the profile's; then all is computed in float32, which a CPU is made
+            for.
     """
     small = profiles.get("smoke")
     fields = [field.name for field in dataclasses.fields(Profile)]
@@ -43,7 +47,7 @@ def settings(profile: Profile, device: str | None = None) -> dict[str, Any]:
         found[name] = min(own, getattr(small, name)) if counts else own
     found["seeds"] = list(profile.seeds[: len(small.seeds)])
     found["others"] = dict(profile.others)
-    return found | ({"device": device} if device else {})
+    return found | ({"device": device, "dtype": "float32"} if device else {})
 
 
 def write_profile(profile: Profile) -> Profile:
@@ -100,7 +104,7 @@ def check_models(profile: Profile) -> list[str]:
     if depth is not None and not 0 <= profile.layer < depth:
         problems.append(
             f"layer is {profile.layer}, but layers are counted from 0 to {depth - 1}: begin with "
-            f"{depth // 3}, then choose by the figure 01_divergence"
+            f"{depth // 3}, then take the one that notebook 01 prints (its section 5)"
         )
     return problems
 
@@ -155,10 +159,15 @@ def check_texts(profile: Profile) -> list[str]:
 # The run and the report
 
 
-def run(project: Project, wanted: Iterable[str] = (), jobs: int = 0) -> dict[str, str]:
+def run(
+    project: Project,
+    wanted: Iterable[str] = (),
+    jobs: int = 0,
+    after_each: Callable[[dict[str, str]], None] = lambda outcomes: None,
+) -> dict[str, str]:
     """Run the notebooks one by one; gives each one's outcome: empty if it ran, else why not."""
     notebooks = project.notebooks
-    outcomes: dict[str, str] = {}
+    outcomes = {EMBEDDED: "left out: it shows the embedded pair"}
     if len(project.profile.checkpoints("rl")) < 2:
         outcomes[NEEDS_CHECKPOINTS] = "left out: the pair comes without checkpoints of its training"
     for name in select(notebooks, wanted) or list(notebooks):
@@ -173,6 +182,7 @@ def run(project: Project, wanted: Iterable[str] = (), jobs: int = 0) -> dict[str
         except CompendiumError as error:
             print(error, file=sys.stderr)
             outcomes[name] = f"FAILED: {_reason(str(error))}"
+        after_each(outcomes)
     return outcomes
 
 
@@ -195,14 +205,14 @@ def report(
         ]
     failed = [name for name, outcome in outcomes.items() if outcome.startswith("FAILED")]
     lines = [f"# Rehearsal of {profile.name}", "", "## What ran", ""]
-    lines += [f"- {name}: {outcomes[name] or 'ran'}" for name in sorted(outcomes)]
+    lines += [f"- {name}: {outcomes[name] or 'ran'}" for name in sorted(outcomes)] or ["- nothing"]
     lines += ["", f"## What to change in {Path(shown).name} before the full run", ""]
     lines += [f"- {problem}" for problem in problems]
     lines += [f"- what made {name} fail, see above" for name in failed]
     lines += [] if problems or failed else ["- nothing that a rehearsal can see"]
     lines += [
-        "- The layer: see the figure 01_divergence of this rehearsal. Take the first layer after "
-        "which the line of tool text lies clearly below that of neutral text.",
+        "- The layer: notebook 01 of the full run says in its section 5 which one its rule gives "
+        "(figure 01_sites). Set that one.",
         "",
         f"## What the full run needs (make figures PROFILE={shown})",
         "",
@@ -222,13 +232,19 @@ def rehearse(name: str, wanted: Iterable[str] = (), jobs: int = 0) -> tuple[Path
     """
     profile = profiles.get(name)
     rehearsed = write_profile(profile)
+    path = paths.build(rehearsed.name, "rehearsal.md")
+
+    def write(outcomes: dict[str, str]) -> None:
+        store.write_atomically(path, report(profile, rehearsed, problems, outcomes))
+
     problems, outcomes = check_models(profile), {}
     if not problems:
         problems = check_texts(profile)
-        outcomes = run(Project(paths.ROOT, rehearsed), wanted, jobs)
+        for problem in problems:
+            print(f"before the full run: {problem}")
+        outcomes = run(Project(paths.ROOT, rehearsed), wanted, jobs, write)
+    write(outcomes)
     failed = not outcomes or any(outcome.startswith("FAILED") for outcome in outcomes.values())
-    path = paths.build(rehearsed.name, "rehearsal.md")
-    store.write_atomically(path, report(profile, rehearsed, problems, outcomes))
     return path, not failed
 
 
