@@ -191,7 +191,7 @@ def test_an_unusable_row_is_refused_with_the_reason(change, reason):
 
 def test_rows_of_another_form_are_refused():
     with pytest.raises(
-        ValueError, match="neither instruction, input, output nor tools, query, gold"
+        ValueError, match="it must have instruction, input, output or tools, query, gold"
     ):
         record_of({"prompt": "x", "answer": "y"})
 
@@ -260,6 +260,13 @@ def test_what_is_left_out_is_said(profile, tmp_path):
     rows = [*toolrl_rows(60), *toolrl_rows(1), toolrl_rows(1)[0] | {"instruction": "none"}]
     mended = replace(profile, records=str(write(tmp_path / "some.jsonl", rows)))
     with pytest.warns(UserWarning, match=r"3 x a repetition.*1 x no tool is listed"):
+        corpora.records(mended, "ranking")
+
+
+def test_what_a_row_lacks_is_said_with_the_first_such_row(profile, tmp_path):
+    rows = [*toolrl_rows(60), {"tools": [], "query": "x"}, {"tools": [], "query": "y"}]
+    mended = replace(profile, records=str(write(tmp_path / "short.jsonl", rows)))
+    with pytest.warns(UserWarning, match=r"2 x no gold in a row with .* \(first: row 61\)"):
         corpora.records(mended, "ranking")
 
 

@@ -103,17 +103,19 @@ def _folder(
 
 
 def _write_prompts(source: str, folder: Path, _: None) -> None:
-    left_out: Counter[str] = Counter()
+    left_out: dict[str, list[int]] = {}  # the rows, counted from 1
     by_split: dict[str, dict[str, Record]] = {split: {} for split in SHARES}
-    for row in _rows(source):
+    for number, row in enumerate(_rows(source), start=1):
         try:
             record = record_of(row)
         except ValueError as error:
-            left_out[str(error)] += 1
+            left_out.setdefault(str(error), []).append(number)
             continue
-        left_out["a repetition of another row"] += record.id in by_split[record.split]
+        if record.id in by_split[record.split]:
+            left_out.setdefault("a repetition of another row", []).append(number)
         by_split[record.split][record.id] = record
-    reasons = "; ".join(f"{n} x {reason}" for reason, n in left_out.most_common(5) if n)
+    most = sorted(left_out.items(), key=lambda of: -len(of[1]))[:5]
+    reasons = "; ".join(f"{len(rows)} x {why} (first: row {rows[0]})" for why, rows in most)
     _need_some(source, by_split, reasons)
     if reasons:
         warnings.warn(f"{source}: rows left out: {reasons}", stacklevel=5)
@@ -271,8 +273,11 @@ def record_of(row: Mapping[str, Any]) -> Record:
         optional = {column: row.get(column) or "" for column in ("system", "user", "domain")}
         query = _text(row, "query")
         return _record(map(_tool, row["tools"]), query, query, _text(row, "gold"), **optional)
+    forms = ({"instruction", "input", "output"}, {"tools", "query", "gold"})
+    nearest = max(forms, key=lambda form: len(form & row.keys()))
     raise ValueError(
-        f"its columns are {sorted(row)}, neither instruction, input, output nor tools, query, gold"
+        f"no {' and no '.join(sorted(nearest - row.keys()))} in a row with the columns "
+        f"{sorted(row)}; it must have instruction, input, output or tools, query, gold"
     )
 
 

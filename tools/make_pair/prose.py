@@ -17,9 +17,9 @@ from dfc_lib.data.prompts import Record
 from dfc_lib.data.scoring import names_tool
 from tools.make_pair import posttrain, world
 
-ODDS = 1.5
+ODDS = 5.0
 SFT = replace(posttrain.SftConfig(), steps=80, save_at=(80,))
-GRPO = replace(posttrain.GrpoConfig(), steps=24, save_at=tuple(range(4, 25)))
+GRPO = replace(posttrain.GrpoConfig(), steps=40, save_at=tuple(range(4, 41)))
 
 
 def _propensity(task: world.Task, style: str) -> float:
