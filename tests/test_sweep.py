@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dfc_lib import paths, profiles
+from dfc_lib.crosscoder import recipes
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
 from dfc_lib.data import activations, corpora, prompts
@@ -92,6 +93,16 @@ def test_what_the_setting_final_gets_has_a_plain_partner_for_every_dfc():
     assert Counter((r.width, r.k) for r in runs if r.share) == dict.fromkeys(plain, 3)
     assert {r for r in runs if not r.tie_shared} < set(sweep.grid())
     assert {(r.share, r.regime) for r in runs if r.tie_shared} == {(0.10, "DFC, free")}
+
+
+def test_an_anchored_run_differs_by_its_recipe_alone():
+    run = next(r for r in sweep.grid() if r.regime == "DFC, penalised")
+    anchored = replace(run, anchored=True)
+    assert anchored.name == f"{run.name}-anchored"
+    ours, theirs = (sweep.train_config(r, PROFILE, 8).to_dict() for r in (anchored, run))
+    changed = {name for name in ours if ours[name] != theirs[name]}
+    assert changed == set(recipes.anchored(1))
+    assert ours["exclusive_coef"] == theirs["exclusive_coef"] == 1e-3
 
 
 def test_every_setting_has_its_study(monkeypatch):

@@ -63,6 +63,8 @@ class Run:
         shared_coef, exclusive_coef: L1 penalties.
         seed: of the weights and of the order of the data.
         tie_shared: one decoder row per shared feature for both models (not in the published grid).
+        anchored: the recipe that gives an exclusive block something to do (neither; see
+            ``recipes.Recipe``).
     """
 
     width: int
@@ -72,6 +74,7 @@ class Run:
     exclusive_coef: float
     seed: int = 0
     tie_shared: bool = False
+    anchored: bool = False
 
     @property
     def regime(self) -> str:
@@ -84,7 +87,7 @@ class Run:
     def name(self) -> str:
         """For file names and tables; different for different runs."""
         penalties = f"s{self.shared_coef:g}-e{self.exclusive_coef:g}-seed{self.seed}"
-        tied = "-tied" if self.tie_shared else ""
+        tied = "-anchored" if self.anchored else "-tied" if self.tie_shared else ""
         return f"D{self.width}x-k{self.k}-excl{100 * self.share:g}-{penalties}{tied}"
 
 
@@ -111,15 +114,17 @@ def train_config(run: Run, profile: Profile, d_model: int) -> TrainConfig:
     profile's. A CPU gets half the steps: one training then stays within five seconds on two cores.
     """
     size = run.width * d_model
+    steps = profile.steps // (2 if profile.device == "cpu" else 1)
+    tied = recipes.anchored(steps) if run.anchored else {"tie_shared": run.tie_shared}
     return recipes.train_config(
         profile,
         Partition.dedicated(size, run.share) if run.share else Partition.plain(size),
         k=max(1, round(run.k * profile.k / PUBLISHED["k"])),
-        tie_shared=run.tie_shared,
-        steps=profile.steps // (2 if profile.device == "cpu" else 1),
+        steps=steps,
         shared_coef=run.shared_coef,
         exclusive_coef=run.exclusive_coef,
         seed=run.seed,
+        **tied,
     )
 
 
