@@ -162,6 +162,11 @@ def findings(figures: Path) -> dict:
     def work(steered: pd.DataFrame) -> int:
         return int((steered.low > AT_LEAST).sum())
 
+    def by_pair(what: str) -> str:
+        *firsts, last = (f"{100 * gain:+.0f}" for gain in pairs.gain[pairs.what == what])
+        return f"{', '.join(firsts)} and {last}" if firsts else last
+
+    pairs = table("05_pairs")
     switch, case, blocks = table("05_switch"), table("05_case"), table("05_blocks")
     seeds, prose, public = table("05_seeds"), table("05_prose"), table("13_readings")
     directions, readings = table("05_random_directions"), table("05_readings")
@@ -181,6 +186,8 @@ def findings(figures: Path) -> dict:
         "mean": called("mean A - B"),
         "random": called("random 1"),
         "n_random": int(directions.what.isin(["isotropic", "covariance"]).sum()),
+        "feature_pairs": by_pair("feature"),
+        "random_pairs": by_pair("best random direction"),
         "base": points("base, threshold"),
         "base_final": points("base, final"),
         "anchored": work(on[on.variant == "last anchored"]),
