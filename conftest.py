@@ -3,8 +3,12 @@
 It stands at the top because it is for ``notebooks/`` and ``tests/``, which lie below it.
 """
 
+import os
+
 from dfc_lib import profiles, provenance
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 provenance.fix_arithmetic()  # before anything loads torch; nbval's kernels inherit it
 
 
