@@ -93,6 +93,7 @@ def main() -> None:
             done(f"pair {seed}: RL")
         if until >= STAGES.index("card"):
             card.export(work, seed, PAIRS, paths.DATA)
+            card.write_checksums(PAIRS)  # else what is measured would be refused as altered
             card.measure_pair(PAIRS / str(seed), paths.DATA)
             done(f"pair {seed}: exported and measured")
             if seed == SEEDS[0]:

@@ -55,6 +55,7 @@ def export_prose(work: Path, pairs: Path, data: Path) -> None:
     _save(source / "rl" / f"step_{step:04d}", target / "rl")
     shutil.copy(source / "rl" / "log.jsonl", target / "rl_log.jsonl")
     _write(near, target / "near.csv")
+    write_checksums(pairs)  # else the models would be refused as altered
     models = {name: target / name for name in ("base", "rl")}
     _write(measure.prose_behaviour(models, data), target / "behaviour.csv")
 

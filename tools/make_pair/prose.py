@@ -19,7 +19,7 @@ from tools.make_pair import posttrain, world
 
 ODDS = 5.0
 SFT = replace(posttrain.SftConfig(), steps=80, save_at=(80,))
-GRPO = replace(posttrain.GrpoConfig(), steps=40, save_at=tuple(range(4, 41)))
+GRPO = replace(posttrain.GrpoConfig(), steps=28, save_at=tuple(range(4, 29)))
 
 
 def _propensity(task: world.Task, style: str) -> float:
