@@ -603,9 +603,9 @@ def test_every_exercise_has_an_empty_answer_before_its_solution():
     assert used == set(CASES)
 
 
-def test_a_block_that_is_silent_cannot_decide(capsys):
+def test_a_block_that_is_silent_cannot_decide(check, capsys):
     """Where nothing fires, every function that changes nothing would be right."""
     silent = tied_crosscoder()
-    silent.W_dec.data[silent.partition.slice("A_exclusive")] = 0.0
+    silent.W_dec[silent.partition.slice("A_exclusive")] = 0.0
     check.ex05_2(lambda alpha: torch.zeros_like(VECTORS[:, 0]), Codec(silent), VECTORS)
     assert "no feature of the block fires" in capsys.readouterr().out

@@ -264,9 +264,10 @@ def test_what_is_left_out_is_said(profile, tmp_path):
 
 
 def test_what_a_row_lacks_is_said_with_the_first_such_row(profile, tmp_path):
-    rows = [*toolrl_rows(60), {"tools": [], "query": "x"}, {"tools": [], "query": "y"}]
-    mended = replace(profile, records=str(write(tmp_path / "short.jsonl", rows)))
-    with pytest.warns(UserWarning, match=r"2 x no gold in a row with .* \(first: row 61\)"):
+    rows, short = toolrl_rows(60), {"tools": [], "query": "x"}
+    mended = replace(profile, records=str(write(tmp_path / "x.jsonl", [*rows, short, short])))
+    said = rf"2 x no gold in a row with .* \(first: row {len(rows) + 1}\)"
+    with pytest.warns(UserWarning, match=said):
         corpora.records(mended, "ranking")
 
 

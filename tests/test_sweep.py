@@ -99,7 +99,7 @@ def test_an_anchored_run_differs_by_its_recipe_alone():
     run = next(r for r in sweep.grid() if r.regime == "DFC, penalised")
     anchored = replace(run, anchored=True)
     assert anchored.name == f"{run.name}-anchored"
-    ours, theirs = (sweep.train_config(r, PROFILE, 8).to_dict() for r in (anchored, run))
+    ours, theirs = (sweep.train_config(r, PROFILE, 64).to_dict() for r in (anchored, run))
     changed = {name for name in ours if ours[name] != theirs[name]}
     assert changed == set(recipes.anchored(1))
     assert ours["exclusive_coef"] == theirs["exclusive_coef"] == 1e-3
