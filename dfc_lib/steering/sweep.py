@@ -63,8 +63,8 @@ class Run:
         shared_coef, exclusive_coef: L1 penalties.
         seed: of the weights and of the order of the data.
         tie_shared: one decoder row per shared feature for both models (not in the published grid).
-        anchored: the recipe that gives an exclusive block something to do (neither; see
-            ``recipes.Recipe``).
+        anchored: by the recipe that gives an exclusive block something to do, see
+            ``recipes.Recipe`` (not in the published grid either).
     """
 
     width: int
