@@ -75,6 +75,13 @@ class Profile:
         return max(1, paths.cores() // self.threads) if beside else 1
 
     @property
+    def batch_reading(self) -> int:
+        """How many texts are read at once: fewer than are generated for, because few fill a
+        machine, and more leave a processor's cache (a third of the time at the toy's size).
+        """
+        return max(1, self.batch_generation // 4)
+
+    @property
     def handle(self) -> str:
         """What :func:`load` takes to give this profile again, in any folder."""
         return self.file or self.name

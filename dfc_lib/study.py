@@ -210,7 +210,7 @@ class Study:
             prompts.encode(self.pair.tokenizer, texts.text),
             paths.activations(self.profile.name, self.setting) / name,
             positions=positions,
-            batch_size=self.profile.batch_generation,
+            batch_size=self.profile.batch_reading,
             meta=texts[["split", "source", "kind"]],
             progress=progress,
         )
@@ -345,6 +345,6 @@ class Study:
         """
         from dfc_lib.steering.prefix import PrefixCache
 
-        read = PrefixCache(self.pair, self.ids(records))
+        read = PrefixCache(self.pair, self.ids(records), self.profile.batch_reading)
         fixed = {"levels": levels, "out_dir": None, "prefix_cache": read, "progress": False}
         return partial(self.propensity, records=records, **fixed)

@@ -316,7 +316,7 @@ class PrefixCache:
     """
 
     @torch.no_grad()
-    def __init__(self, pair: Pair, prompts: Sequence[Sequence[int]], batch_size: int = 128) -> None:
+    def __init__(self, pair: Pair, prompts: Sequence[Sequence[int]], batch_size: int = 32) -> None:
         models = list(pair.models.values())
         streams = [Stream(model, pair.layer) for model in models]
         self.pair, self._row = pair, {tuple(p): i for i, p in enumerate(prompts)}

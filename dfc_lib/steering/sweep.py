@@ -152,7 +152,7 @@ def records(study: Study) -> list[Record]:
 @cache
 def prefix_cache(study: Study) -> PrefixCache:
     """The evaluation prompts, read once for all runs."""
-    return PrefixCache(study.pair, study.ids(records(study)), study.profile.batch_generation)
+    return PrefixCache(study.pair, study.ids(records(study)), study.profile.batch_reading)
 
 
 @cache
