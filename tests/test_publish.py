@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from dfc_lib.crosscoder import publish as publishing
 from dfc_lib.crosscoder.checkpoint import load
 from dfc_lib.crosscoder.fidelity import fidelity
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Partition
-from dfc_lib.crosscoder.publish import Provenance, publish
+from tools import publish as publishing
+from tools.publish import Provenance, publish
 
 MADE = Provenance(
     models={"A": "someone/tuned", "B": "someone/base"},

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from dfc_lib import paths, profiles, provenance
 from dfc_lib.crosscoder.fidelity import fidelity
-from dfc_lib.crosscoder.publish import Provenance, publish
 from dfc_lib.data.pair import sha256
 from dfc_lib.reading import switches
 from dfc_lib.study import Study
 from tools.make_pair.card import write_checksums
+from tools.publish import Provenance, publish
 
 
 def ship(study: Study, folder: Path) -> Path:
