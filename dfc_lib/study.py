@@ -18,7 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfc_lib import paths, profiles
+from dfc_lib import paths, profiles, store
 from dfc_lib.profiles import Profile
 
 if TYPE_CHECKING:
@@ -202,18 +202,23 @@ class Study:
     def make_cache(
         self, name: str, texts: "pd.DataFrame", positions: str = "last", progress: bool = True
     ) -> "Activations":
-        """Cache what both models make of texts (columns as of :meth:`texts`), or find it cached."""
+        """Cache what both models make of texts (columns as of :meth:`texts`), or find it cached.
+
+        One process at a time: a second one waits, and then finds it.
+        """
         from dfc_lib.data import activations, prompts
 
-        return activations.cache(
-            self.pair,
-            prompts.encode(self.pair.tokenizer, texts.text),
-            paths.activations(self.profile.name, self.setting) / name,
-            positions=positions,
-            batch_size=self.profile.batch_reading,
-            meta=texts[["split", "source", "kind"]],
-            progress=progress,
-        )
+        folder = paths.activations(self.profile.name, self.setting) / name
+        with store.lock(folder.with_name(f".{name}.lock")):
+            return activations.cache(
+                self.pair,
+                prompts.encode(self.pair.tokenizer, texts.text),
+                folder,
+                positions=positions,
+                batch_size=self.profile.batch_reading,
+                meta=texts[["split", "source", "kind"]],
+                progress=progress,
+            )
 
     def make_last_caches(self, progress: bool = False) -> None:
         """The caches ``train_last`` and ``ranking_last``, where 01 has not made them."""

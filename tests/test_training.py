@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dfc_lib import profiles, provenance
+from dfc_lib import profiles, provenance, store
 from dfc_lib.crosscoder import loop, losses, recipes, training
 from dfc_lib.crosscoder.batches import Batches
 from dfc_lib.crosscoder.fidelity import fidelity
@@ -592,6 +593,21 @@ def test_two_that_want_one_run_train_it_once(tmp_path, monkeypatch):
     first, second = get_all(jobs, tmp_path, 2, progress=False).values()
     assert len(begun) == 1
     assert torch.equal(first.W_dec, second.W_dec)
+
+
+def test_what_another_process_trains_comes_last(tmp_path):
+    """Two notebooks that want the same crosscoders share the work; neither stands still."""
+    jobs = jobs_of({seed: changed(seed=seed) for seed in range(3)})
+    folders = [run_directory(job.config, tmp_path, "x") for job in jobs.values()]
+    others = store.lock(folders[0].with_name(f".{folders[0].name}.lock"))
+    with ThreadPoolExecutor() as pool:
+        with others:
+            found = pool.submit(get_all, jobs, tmp_path, 1, False)
+            while not all((folder / "cfg.json").is_file() for folder in folders[1:]):
+                assert not found.done()
+                time.sleep(0.01)
+            assert not (folders[0] / "cfg.json").is_file()
+        assert list(found.result()) == [0, 1, 2]
 
 
 def test_many_crosscoders_stop_at_the_first_that_fails(tmp_path):

@@ -11,7 +11,7 @@ A run's folder holds ``sae_weights.safetensors`` + ``cfg.json`` (the crosscoder,
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from filelock import Timeout
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
@@ -57,6 +58,7 @@ def get_or_train(
     data_key: str,
     labels: Int[np.ndarray, " n"] | None = None,
     progress: bool = True,
+    wait: bool = True,
 ) -> Crosscoder:
     """The crosscoder of a configuration: loaded if it was trained, resumed if it was interrupted.
 
@@ -64,13 +66,16 @@ def get_or_train(
         activations: as in ``train``, or a function that returns them, called only if needed.
         build_dir: runs live in ``<build_dir>/crosscoders/<key>``, see ``run_directory``.
         data_key: identifies activations *and* labels, such as the checksum in a cache's manifest.
+        wait: for another process that is training it.
+
+    Raises:
+        filelock.Timeout: there is such a process, and ``wait`` is false.
     """
     directory = run_directory(config, build_dir, data_key)
     if (directory / "cfg.json").is_file() and not (directory / STATE_FILE).is_file():
         return load(directory, device=config.device)
-    return train(
-        config, activations() if callable(activations) else activations, directory, labels, progress
-    )
+    found = activations() if callable(activations) else activations
+    return train(config, found, directory, labels, progress, wait)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,22 +113,25 @@ def get_all(
         ) as pool,
         tqdm(total=len(jobs), unit=" crosscoders", disable=not progress) as bar,
     ):
-        waiting = {
-            pool.submit(
-                get_or_train,
-                job.config,
-                job.activations,
-                build_dir,
-                job.data_key,
-                job.labels,
-                False,
-            ): name
-            for name, job in jobs.items()
-        }
+
+        def get(names: Iterable[Name], wait: bool) -> list[Name]:
+            """Fill ``done``; gives the names of those that another process is training."""
+            asked, elsewhere = {}, []
+            for name in names:
+                of = jobs[name]
+                options = (of.config, of.activations, build_dir, of.data_key, of.labels, False)
+                asked[pool.submit(get_or_train, *options, wait)] = name
+            for future in as_completed(asked):
+                try:
+                    done[asked[future]] = future.result()
+                    bar.update()
+                except Timeout:
+                    elsewhere.append(asked[future])
+            return elsewhere
+
         try:
-            for future in as_completed(waiting):
-                done[waiting[future]] = future.result()
-                bar.update()
+            # What another process is at comes last, so that two that want the same take turns.
+            get(get(jobs, wait=False), wait=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -136,6 +144,7 @@ def train(
     out_dir: str | Path,
     labels: Int[np.ndarray, " n"] | None = None,
     progress: bool = True,
+    wait: bool = True,
 ) -> Crosscoder:
     """Train a crosscoder, or finish a run that was interrupted; returned as ``load`` reads it.
 
@@ -146,14 +155,16 @@ def train(
             ``ActivationSource``.
         out_dir: the run's folder. A finished run of the same configuration is returned as it is.
         labels: the dataset of each sample, whole numbers; used by ``zscore_unstored`` only.
+        wait: for another process in this folder.
 
     Raises:
+        filelock.Timeout: there is such a process, and ``wait`` is false.
         ValueError: the shapes do not fit, or ``out_dir`` holds another run or is damaged.
         FloatingPointError: the loss is no longer finite.
     """
     directory = Path(out_dir)
     batches = Batches(config, activations, labels)
-    with store.lock(directory.with_name(f".{directory.name}.lock")):
+    with store.lock(directory.with_name(f".{directory.name}.lock"), wait):
         _claim(directory, config)
         if not (directory / "cfg.json").is_file():
             loop.run(config, batches, directory, progress)
