@@ -10,8 +10,9 @@ one number with its interval each, which notebooks write. The rules for a readin
   changed (0 with an interval of width 0: a change of length zero looks like this);
 - an **effect** *holds* if its interval lies above zero in the claimed direction and it exceeds the
   strongest control by a margin whose interval lies above zero too; it *fails* if its interval
-  excludes half of the published effect, or if the control does at least as well (a control that is
-  0 as the effect is says nothing); otherwise it is *undecided*;
+  excludes half of the published effect, or if the control does as well: the effect lies above zero,
+  but the whole interval of its margin below a tenth of the published effect; otherwise it is
+  *undecided*;
 - a **zero** (nothing happens, no difference) *holds* if the interval lies within +-``expected``,
   *fails* if it excludes zero and reaches beyond, and is *undecided* otherwise.
 
@@ -21,19 +22,20 @@ fails if one of them does, else it is untestable or undecided if one of them is,
 
 The primaries share one error rate of 5 % (Holm): where the p-value of what a verdict asserts does
 not survive, it is *undecided*. The p-value is two-sided and follows from the interval, of which
-that half counts that faces what is excluded, as a normal's. So at 95 % it is below 5 % exactly
-where the interval excludes it. A primary that asserts nothing counts as p = 1.
+that half counts that faces what is excluded: Student's with the reading's degrees of freedom, else
+a normal's. So at 95 % it is below 5 % exactly where the interval excludes it. A primary that
+asserts nothing counts as p = 1.
 """
 
 import re
 import tomllib
 from dataclasses import asdict, dataclass
-from math import isnan, nan
+from math import inf, isnan, nan
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal
 
 import pandas as pd
+from scipy.stats import t as student
 
 from dfc_lib.profiles import Profile
 from dfc_lib.results import readings
@@ -41,7 +43,7 @@ from dfc_lib.results.readings import Reading
 
 Verdict = Literal["fails", "untestable", "undecided", "holds"]
 DECISIVE: tuple[Verdict, ...] = ("fails", "untestable", "undecided", "holds")  # of parts, the first
-NORMAL = NormalDist()
+NEGLIGIBLE = 0.1  # of the published effect: a margin over the control below this says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,34 +87,36 @@ def testable(claim: Claim, reading: Reading) -> bool:
 def judge(claim: Claim, reading: Reading) -> tuple[Verdict, float]:
     """The verdict on one reading, by the rules above, and the p-value of what it asserts.
 
-    The p-value is NaN where nothing is asserted, or by numbers alone: a control does as well.
+    The p-value is NaN where nothing is asserted.
     """
     if not testable(claim, reading):
         return "untestable", nan
     effect, low, high = _directed(claim, reading.effect, reading.low, reading.high)
-    reach = NORMAL.inv_cdf(0.5 + _level(reading) / 2)
+    over, over_low, over_high = _directed(claim, reading.over, reading.over_low, reading.over_high)
 
-    def p(estimate: float, end: float, null: float) -> float:
+    def p(estimate: float, end: float, null: float, df: float = reading.df) -> float:
         """The p-value of ``null``, from that end of the interval which faces it."""
-        errors = reach * abs(estimate - null) / max(abs(estimate - end), 1e-12)
-        return 2 * NORMAL.cdf(-errors)
+        spread = student(df if df > 0 else inf)
+        reach = spread.ppf(0.5 + _level(reading) / 2)
+        return 2 * spread.cdf(-reach * abs(estimate - null) / max(abs(estimate - end), 1e-12))
+
+    def margin(end: float, null: float) -> float:
+        return p(over, end, null, reading.over_df)
 
     if claim.kind == "zero":
-        margin = claim.expected
-        if -margin <= low and high <= margin:
-            return "holds", max(p(effect, low, -margin), p(effect, high, margin))
-        if (low > 0 and high > margin) or (high < 0 and low < -margin):
+        within = claim.expected
+        if -within <= low and high <= within:
+            return "holds", max(p(effect, low, -within), p(effect, high, within))
+        if (low > 0 and high > within) or (high < 0 and low < -within):
             return "fails", p(effect, low if low > 0 else high, 0)
         return "undecided", nan
-    half = abs(claim.expected) / 2
-    control = -reading.control_effect if claim.expected < 0 else reading.control_effect
-    if reading.control and control >= effect and (control or effect):
-        return "fails", nan
+    half, little = abs(claim.expected) / 2, abs(claim.expected) * NEGLIGIBLE
     if high < half:
         return "fails", p(effect, high, half)
-    over, over_low, _ = _directed(claim, reading.over, reading.over_low, reading.over_high)
+    if low > 0 and reading.control and over_high < little:
+        return "fails", margin(over_high, little)
     if low > 0 and (not reading.control or over_low > 0):
-        return "holds", max(p(effect, low, 0), p(over, over_low, 0) if reading.control else 0)
+        return "holds", max(p(effect, low, 0), margin(over_low, 0) if reading.control else 0)
     return "undecided", nan
 
 

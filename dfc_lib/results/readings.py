@@ -26,6 +26,8 @@ class Reading:
         outcome: ``lenient``, ``strict``, ``margin``, ...
         effect, low, high: the number and its interval; NaN where it could not be measured.
         interval: the interval's kind, in words (``95 % bootstrap over prompts``).
+        df, over_df: degrees of freedom of the intervals of effect and margin where they are
+            Student's t; NaN: many.
         unit: the unit of replication: what ``n`` counts (``prompts``, ``crosscoder seeds``).
         control: the strongest control, by name; empty where there is none.
         control_effect: its number.
@@ -56,6 +58,8 @@ class Reading:
     positive_effect: float = nan
     positive_low: float = nan
     positive_high: float = nan
+    df: float = nan
+    over_df: float = nan
     note: str = ""
 
 
@@ -74,8 +78,9 @@ def over_runs(
 ) -> Reading:
     """The reading of a change that several runs show on the same prompts.
 
-    The effect, the margin over the control and the positive control are means with bootstrap
-    intervals over both runs and prompts (over prompts alone where there is one run).
+    The effect, the margin over the control and the positive control are means with t intervals
+    over both runs and prompts (``tables.over_runs_and_prompts``); where there is one run, with
+    bootstrap intervals over prompts alone.
 
     Args:
         values: (runs, prompts). Empty, or zero throughout: nothing was changed, so the effect and
@@ -87,9 +92,9 @@ def over_runs(
     """
 
     def ends(middle: str, start: str, runs: ArrayLike) -> dict[str, float]:
-        names = middle, f"{start}low", f"{start}high"
         row = tables.over_runs_and_prompts(np.atleast_2d(runs), seed, n_bootstrap)
-        return dict(zip(names, (row["estimate"], row["low"], row["high"]), strict=True))
+        found = {f"{start}{name}": row[name] for name in ("low", "high", "df")}
+        return {middle: row["estimate"]} | found
 
     n = len(values) if np.any(values) else 0
     fields = {"effect": nan, "low": nan, "high": nan}
@@ -99,8 +104,9 @@ def over_runs(
         fields |= {"control": control[0], "control_effect": float(np.mean(control[1]))}
         fields |= ends("over", "over_", np.subtract(values, control[1]))
     fields |= {"positive_control": positive[0]} | ends("positive_effect", "positive_", positive[1])
-    many = f"{unit} and prompts" if n != 1 else f"prompts (one of {unit})"
-    fields |= {"unit": unit, "n": n, "interval": f"95 % bootstrap over {many}"}
+    del fields["positive_df"]
+    many = f"t over {unit} and prompts" if n != 1 else f"bootstrap over prompts (one of {unit})"
+    fields |= {"unit": unit, "n": n, "interval": f"95 % {many}"}
     return Reading(claim=claim, id=id, what=what, **fields | more)
 
 

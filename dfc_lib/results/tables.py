@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.stats import t as student
 
 from dfc_lib.results import statistics
 
@@ -115,9 +116,13 @@ def over_seeds(values: ArrayLike, confidence: float = 0.95) -> dict[str, float]:
 def over_runs_and_prompts(
     values: ArrayLike, seed: int = 0, n_bootstrap: int = 10_000, confidence: float = 0.95
 ) -> dict[str, float]:
-    """``estimate``, the mean of (runs, prompts), with its percentile bootstrap interval ``low``,
-    ``high`` over both: runs and prompts are resampled independently, for all runs met the same
-    prompts. ``n`` runs; with one run, the interval is over prompts alone.
+    """``estimate``, the mean of (runs, prompts) that all runs share, with its interval ``low``,
+    ``high`` over both; ``n`` runs; ``df``, the interval's degrees of freedom.
+
+    Runs and prompts are crossed random effects: the variance of the mean is that of the runs'
+    means plus that of the prompts', less what both hold of the rest, and the interval is Student's
+    t with Satterthwaite's degrees of freedom. A bootstrap of three runs could not leave their
+    range. With one run there is no spread of runs: a percentile bootstrap over prompts, df NaN.
 
     Raises:
         ValueError: ``values`` is not two-dimensional, or empty.
@@ -125,11 +130,21 @@ def over_runs_and_prompts(
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"values has shape {values.shape}; it must be (runs, prompts), not empty")
-    rng = np.random.default_rng(seed)
-    share = [rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape]
-    means = ((share[0] @ values) * share[1]).sum(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"estimate": float(values.mean()), "low": low, "high": high, "n": len(values)}
+    (runs, prompts), mean = values.shape, float(values.mean())
+    if min(runs, prompts) == 1:
+        one = statistics.bootstrap_mean(values.ravel(), seed, n_bootstrap, confidence)
+        return {"estimate": mean, "low": one.low, "high": one.high, "n": runs, "df": np.nan}
+    of_run, of_prompt = values.mean(1), values.mean(0)
+    rest = values - of_run[:, None] - of_prompt + mean
+    squares = np.array(  # mean squares of the two-way layout without replication
+        [prompts * of_run.var(ddof=1), runs * of_prompt.var(ddof=1), 0.0]
+    )
+    degrees = np.array([runs - 1, prompts - 1, (runs - 1) * (prompts - 1)])
+    squares[2] = (rest**2).sum() / degrees[2]
+    total = max(squares[0] + squares[1] - squares[2], squares.max())
+    df = total**2 / (squares**2 / degrees).sum() if total else np.nan
+    half = student.ppf((1 + confidence) / 2, df) * np.sqrt(total / values.size) if total else 0.0
+    return {"estimate": mean, "low": mean - half, "high": mean + half, "n": runs, "df": df}
 
 
 def rate_row(outcomes: ArrayLike, exact: bool = False) -> dict[str, float]:
