@@ -49,12 +49,15 @@ ALIVE = found(0.4, 0.35, 0.45, control=0.0, over_low=0.3, over_high=0.5)
         ("effect", 0.6, found(0.2, 0.15, 0.25), "fails"),  # excludes half of the published one
         ("effect", 0.6, found(0.3, -0.1, 0.7), "undecided"),
         ("effect", 0.6, found(0.5, 0.4, 0.6, control=0.1, over_low=0.3, over_high=0.5), "holds"),
-        ("effect", 0.6, found(0.5, 0.4, 0.6, control=0.5, over_low=-0.1, over_high=0.1), "fails"),
+        # A control does as well only where its margin is small as a whole, not by its sign.
+        ("effect", 0.6, found(0.5, 0.4, 0.6, 0.5, over_low=-0.05, over_high=0.05), "fails"),
+        ("effect", 0.6, found(0.5, 0.4, 0.6, 0.49, over_low=0.0, over_high=0.02), "fails"),
+        ("effect", 0.6, found(0.5, 0.4, 0.6, 0.51, over_low=-0.1, over_high=0.1), "undecided"),
         ("effect", 0.6, found(0.5, 0.4, 0.6, 0.4, -0.1, 0.3), "undecided"),
         ("effect", -0.1, found(-0.2, -0.3, -0.1, **DOWN), "holds"),
         ("effect", -0.1, found(0.1, 0.0, 0.2, **DOWN), "fails"),
         ("effect", -0.1, found(-0.2, -0.3, -0.1, -0.05, -0.25, -0.05, **DOWN), "holds"),
-        ("effect", -0.1, found(-0.2, -0.3, -0.1, -0.25, -0.05, 0.15, **DOWN), "fails"),
+        ("effect", -0.1, found(-0.2, -0.3, -0.1, -0.25, 0.0, 0.1, **DOWN), "fails"),
         ("zero", 0.05, found(0.0, -0.02, 0.03), "holds"),
         ("zero", 0.05, found(0.2, 0.1, 0.3), "fails"),
         ("zero", 0.05, found(-0.2, -0.3, -0.1), "fails"),
@@ -165,6 +168,18 @@ def test_the_p_value_counts_the_half_of_the_interval_that_faces_the_null():
     assert claims.judge(claim(), wide)[1] == pytest.approx(0.0136, rel=0.01)
     with pytest.raises(ValueError, match=r"X, calibrated: the interval 'wide' names no level"):
         claims.judge(claim(), replace(weaker, interval="wide"))
+
+
+def test_the_p_value_knows_how_few_units_an_interval_rests_on():
+    """At its end any interval excludes at 5 %; beyond, three pairs are surer of less than many."""
+    many, few = (found(0.5, 0.25, 0.75, df=df) for df in (nan, 2.0))
+    p_many, p_few = (claims.judge(claim(), one)[1] for one in (many, few))
+    assert p_many == pytest.approx(8.9e-5, rel=0.01)
+    assert p_few == pytest.approx(0.0132, rel=0.01)  # t = 2 * 4.303 with 2 degrees of freedom
+    margin = found(0.5, 0.45, 0.55, control=0.2, over_low=0.15, over_high=0.45, over_df=2.0)
+    assert claims.judge(claim(), margin) == ("holds", pytest.approx(0.0132, rel=0.01))
+    at_end = found(0.5, 0.0, 1.0, df=2.0)
+    assert claims.judge(claim(), replace(at_end, low=1e-9))[1] == pytest.approx(0.05, rel=1e-3)
 
 
 def test_every_claim_is_there_once():

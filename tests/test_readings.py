@@ -76,10 +76,11 @@ def test_a_reading_over_runs_resamples_runs_and_prompts():
     one = readings.over_runs(
         "C1", "x", "what", of_pairs, ("patch", of_pairs + 0.3), ("mean", of_pairs - 0.1), **fixed
     )
-    assert (one.n, one.unit, one.interval) == (3, "pairs", "95 % bootstrap over pairs and prompts")
+    assert (one.n, one.unit, one.interval) == (3, "pairs", "95 % t over pairs and prompts")
     assert one.effect == pytest.approx(of_pairs.mean())
-    assert one.low < 0.13  # the pairs differ, so the interval reaches to the lowest of them
-    assert one.high > 0.27
+    assert one.low < 0.0  # three pairs differ: their mean is known less well than any of them
+    assert one.high > 0.4
+    assert one.df == pytest.approx(2, rel=0.01)
     assert (one.over, one.over_low, one.over_high) == pytest.approx((0.1, 0.1, 0.1))  # paired
     assert one.positive_effect == pytest.approx(of_pairs.mean() + 0.3)
     alike = readings.over_runs("C1", "x", "what", of_pairs[:1], ("patch", of_pairs[:1]), **fixed)

@@ -125,10 +125,22 @@ def test_an_interval_over_runs_and_prompts_knows_both():
     assert width["both"] > max(width["runs"], width["prompts"])
     own = statistics.bootstrap_mean(prompts[0], seed=3, n_bootstrap=4000)
     assert width["one run"] == pytest.approx(own.high - own.low, rel=0.1)
-    expected = 2 * 1.96 * runs.std() / np.sqrt(len(runs))
-    assert width["runs"] == pytest.approx(expected, rel=0.15)
+    t = statistics.paired_difference(np.zeros(6), runs[:, 0])
+    assert width["runs"] == pytest.approx(t.t_high - t.t_low)
+    expected = 2 * 2.023 * prompts.std(ddof=1) / np.sqrt(40)
+    assert width["prompts"] == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match=r"shape \(40,\)"):
         tables.over_runs_and_prompts(prompts[0])
+
+
+def test_an_interval_over_three_runs_covers_as_often_as_it_says():
+    """Nearly; a percentile bootstrap of three runs would in three of four cases."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(500):
+        runs, prompts = rng.normal(size=(3, 1)), rng.normal(size=(1, 30))
+        row = tables.over_runs_and_prompts(runs + prompts + rng.normal(size=(3, 30)))
+        hits += row["low"] < 0 < row["high"]
+    assert 0.91 <= hits / 500 <= 0.99
 
 
 def test_changes_are_from_one_cell_prompt_by_prompt():
