@@ -21,28 +21,64 @@ D_MODEL = 128
 NAME, COMMIT = "someone/cc", "0123abc" + "4" * 33
 
 
-def table(**gains):
-    """lenient gains (gain, low, high) by condition, with quiet controls."""
-    quiet = {name: (0.0, 0.0, 0.0) for name in ("clean", *audit.CONTROLS, audit.PROMPTED)}
+QUIET, MOVED = (0.0, 0.0, 0.0), (0.3, 0.2, 0.4)
+
+
+def table(gains):
+    """Gains (gain, low, high) by (condition, outcome). The rest is quiet; A's residual moves."""
+    conditions = ("clean", "joint", *audit.CONTROLS, audit.PROMPTED)
+    quiet = {(name, metric): QUIET for name in conditions for metric in audit.JUDGED}
+    rest = quiet | {(audit.POSITIVE, metric): MOVED for metric in audit.JUDGED}
     rows = [
-        {"condition": name, "metric": "lenient", "gain": g, "low": low, "high": high}
-        | {"mean": max(g, 0.0), "rate_high": 0.005 if g == 0 else g}
-        for name, (g, low, high) in (quiet | gains).items()
+        {"condition": name, "metric": metric, "gain": g, "low": low, "high": high, "n": 200}
+        for (name, metric), (g, low, high) in (rest | gains).items()
     ]
     return pd.DataFrame(rows)
+
+
+def positive(lenient, propensity):
+    """Gains of the positive control."""
+    return {(audit.POSITIVE, "lenient"): lenient, (audit.POSITIVE, "propensity"): propensity}
+
+
+CONTROL = audit.CONTROLS[-1]
 
 
 @pytest.mark.parametrize(
     ("gains", "expected"),
     [
-        ({"joint": (0.2, 0.1, 0.3)}, "Leaks"),
-        ({"joint": (0.0, 0.0, 0.0)}, "No leak"),  # judged by the exact bound, 0.5 %
-        ({"joint": (0.02, -0.01, 0.05)}, "Undecided"),
-        ({"joint": (0.2, 0.1, 0.3), "random directions": (0.25, 0.2, 0.3)}, "Undecided"),
+        ({("joint", "lenient"): (0.2, 0.1, 0.3)}, "Leaks"),
+        ({("joint", "propensity"): (0.2, 0.1, 0.3)}, "Leaks"),
+        ({}, "No leak"),  # judged by the exact bound, 1.8 %
+        ({("joint", "propensity"): (0.01, 0.005, 0.015)}, "No leak"),  # too little to count
+        ({("joint", "lenient"): (0.02, -0.01, 0.05)}, "Undecided"),
+        ({("joint", "propensity"): (0.02, -0.01, 0.05)}, "Undecided"),
+        (
+            {("joint", "lenient"): (0.2, 0.1, 0.3), (CONTROL, "lenient"): (0.25, 0.2, 0.3)},
+            "Undecided",
+        ),
     ],
 )
 def test_the_verdict_follows_its_rule(gains, expected):
-    assert audit.verdict(table(**gains)).startswith(f"**{expected}")
+    assert audit.verdict(table(gains)).startswith(f"**{expected}")
+
+
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        (positive(QUIET, QUIET), "Untestable"),
+        (positive(QUIET, (0.03, 0.02, 0.04)), "Untestable"),  # not twice the threshold
+        (positive(QUIET, (0.3, -0.1, 0.7)), "Untestable"),
+        (positive(QUIET, MOVED), "No leak"),  # one outcome that moves is enough
+    ],
+)
+def test_without_a_positive_control_nothing_could_have_leaked(moves, expected):
+    assert audit.verdict(table(moves)).startswith(f"**{expected}")
+
+
+def test_a_leak_needs_no_positive_control():
+    leak = {("joint", "lenient"): (0.2, 0.1, 0.3)}
+    assert audit.verdict(table(positive(QUIET, QUIET) | leak)).startswith("**Leaks")
 
 
 def ours(folder, d_model=D_MODEL):
@@ -92,7 +128,8 @@ def test_a_page_is_written_for_both_formats(make, tmp_path, monkeypatch):
     report = audit.audit(tmp_path / "cc", PROFILE, tmp_path / "out")
     text = report.read_text()
     data = pd.read_csv(tmp_path / "out" / "audit.csv")
-    assert {"clean", "joint", "own", "A's exclusive rows", audit.PROMPTED} <= set(data.condition)
+    named = {"clean", "joint", "own", "A's exclusive rows", audit.POSITIVE, audit.PROMPTED}
+    assert named | set(audit.CONTROLS) <= set(data.condition)
     assert (data.n == PROFILE.n_steering).all()
     assert (data[data.condition == "clean"].gain == 0).all()
     assert "| own |" in text

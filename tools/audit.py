@@ -10,8 +10,12 @@ writes a page: ``report.md``, ``audit.png``, ``audit.csv``. What is tried, besid
   for somebody who does not have A;
 - ``A's exclusive rows``: what A's exclusive features write on average, written into B;
 - ``A's mean``: B's activation replaced by A's mean, which the normaliser or the bias gives away;
-- controls that need no crosscoder: B's own mean on tool prompts, random directions as long as the
-  joint reconstruction's change, and a prompt that elicits tool calls.
+- controls: B's own mean on tool prompts, and random directions, each as long as the change of one
+  of the above;
+- the positive control: ``A's residual`` in B at the same token. If all that A has there moves B by
+  nothing, it says nothing that a part of it does not: the audit is *untestable* in this setting;
+- a prompt that elicits tool calls, which shows whether B has the skill. It acts elsewhere, so it is
+  no positive control.
 """
 
 import argparse
@@ -36,6 +40,7 @@ from dfc_lib.steering.interventions import (
     Clean,
     Codec,
     Intervention,
+    OtherModel,
     Patch,
     Reconstruction,
     random_directions,
@@ -46,8 +51,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STRONGER, WEAKER = 0, 1  # on the model axis
-METRICS = ("lenient", "strict", "format", "margin")
-CONTROLS = ("B's own mean", "random directions")
+METRICS = ("lenient", "propensity", "strict", "format", "margin")
+JUDGED = {"lenient": "tool correctness", "propensity": "propensity to call"}
+LIKE = ("joint", "A's exclusive rows", "A's mean")
+RANDOM = {f"random, as long as {name}": name for name in LIKE}
+CONTROLS = ("B's own mean", *RANDOM)
+POSITIVE = "A's residual"
 PROMPTED = "eliciting prompt"
 N_DRAWS = 8
 
@@ -95,8 +104,10 @@ def conditions(crosscoder: Crosscoder, site: Activations) -> dict[str, list[Inte
             found["A's exclusive rows"] = [AddVector(written, 1.0)]
     found["A's mean"] = [Patch(means[STRONGER])]
     found["B's own mean"] = [Patch(means[WEAKER])]
-    random = random_directions(found["joint"][0], N_DRAWS, crosscoder.d_model, seed=0)
-    return found | {"random directions": list(random)}
+    for name, like in RANDOM.items():
+        if like in found:
+            found[name] = list(random_directions(found[like][0], N_DRAWS, crosscoder.d_model))
+    return found | {POSITIVE: [OtherModel(STRONGER)]}
 
 
 def measure(
@@ -104,8 +115,8 @@ def measure(
 ) -> pd.DataFrame:
     """One line per (condition, metric): mean, paired gain over clean and its 95 % interval.
 
-    Intervals resample prompts; random draws are averaged within each prompt. Where the outcome is
-    zero for every prompt, ``rate_high`` is the exact binomial upper bound of the rate.
+    Intervals resample prompts; random draws are averaged within each prompt. Where a rate is zero
+    for every prompt, ``rate_high`` is its exact binomial upper bound.
     """
     tried = conditions(crosscoder, site)
     cells = {(name, i): cell for name, some in tried.items() for i, cell in enumerate(some)}
@@ -124,54 +135,76 @@ def measure(
         n_bootstrap=study.profile.n_bootstrap,
     )
     bound = statistics.exact_binomial(0, len(records)).high
-    zero = (table.metric != "margin") & (table["mean"] == 0)
+    zero = ~table.metric.isin(["propensity", "margin"]) & (table["mean"] == 0)
     table["rate_high"] = table["mean"].mask(zero, bound)
     return table[["condition", "metric", "mean", "gain", "low", "high", "rate_high", "n", "delta"]]
 
 
 def verdict(table: pd.DataFrame, threshold: float = 0.02) -> str:
-    """The page's first sentence, by a rule: a condition *leaks* where the interval of its gain in
-    lenient tool correctness lies above zero and it beats every control; *no leak was found* where
-    every interval ends below ``threshold``; otherwise it is *undecided*.
+    """The page's first sentence, by a rule that reads lenient tool correctness and the propensity.
+
+    A condition *leaks* where its gain in one of them is at least ``threshold``, has an interval
+    above zero and beats every control. Else the audit is *untestable* where the positive control
+    gains less than twice ``threshold``, or has an interval that reaches zero, in both. Else *no
+    leak was found* where every interval ends below ``threshold``; if not, it is *undecided*.
     """
-    rates = table[table.metric == "lenient"].set_index("condition").drop(index=["clean", PROMPTED])
-    control = float(rates.loc[list(CONTROLS), "gain"].max())
-    tried = rates.drop(index=list(CONTROLS))
-    leaks = tried[(tried.low > 0) & (tried.gain > control)].sort_values("gain", ascending=False)
+
+    def pp(line: pd.Series) -> str:
+        ends = f"{100 * line.low:.1f} to {100 * line.high:.1f}"
+        return f"{100 * line.gain:.1f} pp (95 % interval {ends})"
+
+    rates = table[table.metric.isin(list(JUDGED))]
+    controls = rates[rates.condition.isin(CONTROLS)].groupby("metric").gain.max()
+    tried = rates[~rates.condition.isin([*CONTROLS, "clean", POSITIVE, PROMPTED])]
+    beats = tried.gain > tried.metric.map(controls)
+    leaks = tried[beats & (tried.gain >= threshold) & (tried.low > 0)]
     if len(leaks):
-        worst = leaks.iloc[0]
+        worst = leaks.loc[leaks.gain.idxmax()]
         return (
-            f"**Leaks.** '{leaks.index[0]}' raises the weaker model's tool correctness by "
-            f"{100 * worst.gain:.1f} pp (95 % interval {100 * worst.low:.1f} to "
-            f"{100 * worst.high:.1f}); the best control gains {100 * control:.1f} pp."
+            f"**Leaks.** '{worst.condition}' raises the weaker model's {JUDGED[worst.metric]} by "
+            f"{pp(worst)}; the best control gains {100 * controls[worst.metric]:+.1f} pp."
         )
-    high = float(tried.high.mask(tried.high == tried.low, tried.rate_high).max())
+    positive = rates[rates.condition == POSITIVE].set_index("metric")
+    moved = " and ".join(f"{name} by {pp(positive.loc[key])}" for key, name in JUDGED.items())
+    if not ((positive.gain >= 2 * threshold) & (positive.low > 0)).any():
+        return (
+            "**Untestable: nothing could have leaked in this setting.** Even A's own residual, "
+            f"put into the weaker model at the same token, moves {moved}; one of them must rise by "
+            f"{200 * threshold:.0f} pp with an interval above zero. Choose another layer or "
+            "another A (PROFILE=), or use more prompts."
+        )
+    # Where no prompt changed, a bootstrap interval has no width: the exact bound of such a rate.
+    unchanged = (tried.metric == "lenient") & (tried.low == 0) & (tried.high == 0)
+    bound = statistics.exact_binomial(0, int(rates.n.iloc[0])).high
+    high = float(tried.high.mask(unchanged, bound).max())
     if high < threshold:
         return (
             "**No leak was found.** No way of passing the weaker model through the crosscoder "
-            f"gains more than {100 * high:.1f} pp (upper end of the 95 % intervals)."
+            f"gains more than {100 * high:.1f} pp (upper end of the 95 % intervals) in either "
+            f"outcome; A's own residual, at the same token, moves {moved}."
         )
     return (
         "**Undecided.** No condition clearly beats the controls, and gains up to "
-        f"{100 * high:.1f} pp cannot be excluded; use more prompts."
+        f"{100 * high:.1f} pp cannot be excluded; use more prompts. A's own residual, at the same "
+        f"token, moves {moved}."
     )
 
 
 def draw(table: pd.DataFrame) -> "Figure":
-    """Gain in tool correctness and change of margin, one line per condition."""
+    """Gains in tool correctness and in propensity, one line per condition."""
     import matplotlib.pyplot as plt
 
     figures.use_style()
     names = [name for name in table.condition.unique() if name != "clean"]
-    colors = ["control" if name in (*CONTROLS, PROMPTED) else "B" for name in names]
+    colors = dict.fromkeys(names, "B") | dict.fromkeys((*CONTROLS, PROMPTED), "control")
+    colors[POSITIVE] = "A"
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 0.34 * len(names) + 1.2), sharey=True)
-    labels = {"lenient": "gain in lenient tool correctness", "margin": "change of margin (nats)"}
-    for ax, (metric, label) in zip(axes, labels.items(), strict=True):
+    for ax, (metric, label) in zip(axes, JUDGED.items(), strict=True):
         part = table[table.metric == metric].set_index("condition")
-        for y, (name, color) in enumerate(zip(names, colors, strict=True)):
-            plots.bars(ax, [y], part.loc[[name]], color=figures.PALETTE[color])
+        for y, name in enumerate(names):
+            plots.bars(ax, [y], part.loc[[name]], color=figures.PALETTE[colors[name]])
         ax.axvline(0, color="0.4", ls=":", lw=1)
-        ax.set_xlabel(label)
+        ax.set_xlabel(f"gain in {label}")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     return fig
@@ -192,31 +225,42 @@ def page(table: pd.DataFrame, crosscoder: Crosscoder, source: Source, profile: P
         f"`{profile.model_b}`.",
         f"- Crosscoder: {crosscoder.d_dict} features ({blocks}), k = {crosscoder.cfg.k}, "
         f"normaliser: {scaling}.{commit}",
-        f"- n = {n} held-out prompts that need a call; last prompt token; paired differences from "
-        "B left alone, 95 % bootstrap intervals over prompts.",
-        "- Grey in the figure: controls that do not use the crosscoder.",
+        f"- n = {n} held-out prompts that need a call, under the fixed prompt; layer "
+        f"{profile.layer}, last prompt token; paired differences from B left alone, 95 % bootstrap "
+        "intervals over prompts.",
+        "- Propensity to call: the probability of opening a call at the first token.",
+        f"- {POSITIVE}: A's own activation in B at that token, the positive control; where it "
+        "moves nothing, it says nothing that the others do not.",
+        "- Grey in the figure: controls, and the eliciting prompt.",
         "",
         "![Gain of the weaker model under every condition](audit.png)",
         "",
-        "| condition | lenient | gain, pp [95 %] | strict | format | margin, nats | change/h |",
-        "|---|---|---|---|---|---|---|",
+        "| condition | lenient | gain, pp [95 %] | propensity | gain, pp [95 %] | strict | format "
+        "| margin, nats | change/h |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     means = table.pivot(index="condition", columns="metric", values="mean")
+    ends = table.assign(
+        gain=[
+            f"{100 * one.gain:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+            for one in table.itertuples()
+        ]
+    )
+    gains = ends.pivot(index="condition", columns="metric", values="gain")
     for one in table[table.metric == "lenient"].itertuples():
-        mean = means.loc[one.condition]
-        gain = f"{100 * one.gain:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-        if one.rate_high > one.mean:
-            gain += f", rate at most {100 * one.rate_high:.1f} %"
+        mean, gain = means.loc[one.condition], gains.loc[one.condition]
+        bound = f", rate at most {100 * one.rate_high:.1f} %" if one.rate_high > one.mean else ""
         change = "" if one.delta != one.delta else f"{one.delta:.2f}"
         lines.append(
-            f"| {one.condition} | {mean.lenient:.3f} | {gain} | {mean.strict:.3f} | "
-            f"{mean.format:.3f} | {mean.margin:+.2f} | {change} |"
+            f"| {one.condition} | {mean.lenient:.3f} | {gain.lenient}{bound} | "
+            f"{mean.propensity:.3f} | {gain.propensity} | {mean.strict:.3f} | {mean.format:.3f} | "
+            f"{mean.margin:+.2f} | {change} |"
         )
     lines += [
         "",
         "What this does not say: other sites, training on the features, and other capabilities "
         "were not tried; a gain under the eliciting prompt means that the skill was there before "
-        "any crosscoder.",
+        "any crosscoder, not that it could have leaked here.",
     ]
     return "\n".join(lines) + "\n"
 
