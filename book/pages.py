@@ -174,10 +174,14 @@ def findings(figures: Path) -> dict:
     steered = prose[(prose.what == "steered") & (prose.seed != "A - B")]
     best, held_out = (only(public, id=id) for id in ("C4 best cell", "C4 best cell, held-out half"))
     gain = only(public, id="C1 gain over runs")
-    answers = {cell: html.escape(only(case, cell=cell).response) for cell in case.cell}
+    cases = {
+        name: {"query": html.escape(part["query"].iloc[0])}
+        | {row.cell: html.escape(row.response) for row in part.itertuples()}
+        for name, part in case.groupby("case")
+    }
     return {
-        "query": html.escape(case["query"].iloc[0]),
-        "answers": answers,
+        "turned_on": cases["turned on"],
+        "turned_off": cases["turned off"],
         "at_least": f"{100 * AT_LEAST:.0f}",
         "n": int(only(switch, cell="clean").n),
         "clean": called("clean"),
