@@ -28,7 +28,7 @@ def data(name: str) -> pd.DataFrame:
 
 def test_verdicts(readme):
     verdicts = Counter(data("14_scorecard").verdict)
-    said = re.search(r"(\w+) claims hold, (\w+) fail, (\w+) are undecided and (\w+) is", readme)
+    said = re.search(r"(\w+) claims? holds?, (\w+) fail, (\w+) are undecided and (\w+) is", readme)
     names = ("holds", "fails", "undecided", "untestable")
     found = {
         name: WORDS.index(word.lower()) for name, word in zip(names, said.groups(), strict=True)
@@ -65,3 +65,19 @@ def test_seeds_with_the_switch(readme):
     least = found.share[found.half].min()
     assert "at least three quarters" in readme
     assert 0.75 <= least < 0.8
+
+
+def test_what_disabling_and_amplifying_the_set_does(readme):
+    table = data("09_pairs").pivot(index=["claim", "kind"], columns="pair", values="estimate")
+    lost = [f"{100 * loss:.0f}" for loss in table.loc["D3", "set"]]
+    assert "({}, {} and {} points of propensity)".format(*lost) in readme
+    share = table.loc["D4", "set"] / table.loc["D4", "ceiling"]
+    assert share[0] > 0.9
+    assert share[[1, 2]].between(0.2, 0.4).all()
+    assert (table.loc["D4", "length"] > table.loc["D4", "set"] / 2)[[1, 2]].all()
+
+
+def test_raw_gains_beside_the_best_random_push(readme):
+    line = data("08_summary").set_index(["target", "condition"]).loc["A", "raw"]
+    assert f"by {100 * line.gain:.0f} points over the [48 crosscoders]" in readme
+    assert f"(the best of 8: {100 * line.random_best:.0f} points)" in readme
