@@ -67,6 +67,13 @@ def test_seeds_with_the_switch(readme):
     assert 0.75 <= least < 0.8
 
 
+def test_spillover_over_three_pairs(readme):
+    line = data("14_scorecard").set_index("claim").loc["C2"]
+    said = f"the base: [{100 * line.low:+.0f}, {100 * line.high:+.0f}] points of propensity"
+    assert said in readme
+    assert line.verdict == "undecided"
+
+
 def test_what_disabling_and_amplifying_the_set_does(readme):
     table = data("09_pairs").pivot(index=["claim", "kind"], columns="pair", values="estimate")
     lost = [f"{100 * loss:.0f}" for loss in table.loc["D3", "set"]]
