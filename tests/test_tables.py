@@ -57,6 +57,17 @@ def test_plain_means_are_added_of_the_lines_of_a_cell():
     assert list(table)[-2:] == ["delta", "margin"]
 
 
+def test_with_runs_the_interval_is_over_runs_and_prompts():
+    frame = outcomes()
+    part = frame[(frame.variant == "tied") | (frame.cell == "clean")]
+    row = tables.only(tables.paired_table(part, "cell", runs="seed"), cell="patch")
+    clean = frame[frame.cell == "clean"].set_index("prompt").lenient
+    seeds = part[part.cell == "patch"].pivot(index="seed", columns="prompt", values="lenient")
+    over = tables.over_runs_and_prompts(seeds - clean)
+    assert (row.low, row.high, row.runs) == (over["low"], over["high"], len(seeds))
+    assert row.gain == pytest.approx(over["estimate"])
+
+
 def test_order_of_prompts_does_not_matter():
     frame = outcomes()
     shuffled = frame.sample(frac=1, random_state=1).sort_values("cell", kind="stable")

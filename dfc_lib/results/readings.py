@@ -91,20 +91,20 @@ def over_runs(
         more: further fields of the reading.
     """
 
-    def ends(middle: str, start: str, runs: ArrayLike) -> dict[str, float]:
+    def ends(names: str, runs: ArrayLike) -> dict[str, float]:
         row = tables.over_runs_and_prompts(np.atleast_2d(runs), seed, n_bootstrap)
-        found = {f"{start}{name}": row[name] for name in ("low", "high", "df")}
-        return {middle: row["estimate"]} | found
+        found = (row[key] for key in ("estimate", "low", "high", "df"))
+        return dict(zip(names.split(), found, strict=False))  # three names: without df
 
     n = len(values) if np.any(values) else 0
     fields = {"effect": nan, "low": nan, "high": nan}
     if n:
-        fields |= ends("effect", "", values)
+        fields |= ends("effect low high df", values)
     if n and control:
         fields |= {"control": control[0], "control_effect": float(np.mean(control[1]))}
-        fields |= ends("over", "over_", np.subtract(values, control[1]))
-    fields |= {"positive_control": positive[0]} | ends("positive_effect", "positive_", positive[1])
-    del fields["positive_df"]
+        fields |= ends("over over_low over_high over_df", np.subtract(values, control[1]))
+    fields |= {"positive_control": positive[0]}
+    fields |= ends("positive_effect positive_low positive_high", positive[1])
     many = f"t over {unit} and prompts" if n != 1 else f"bootstrap over prompts (one of {unit})"
     fields |= {"unit": unit, "n": n, "interval": f"95 % {many}"}
     return Reading(claim=claim, id=id, what=what, **fields | more)

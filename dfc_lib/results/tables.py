@@ -46,13 +46,14 @@ def paired_table(
     *,
     before: str = "clean",
     means: Sequence[str] = (),
+    runs: str | None = None,
     seed: int = 0,
     n_bootstrap: int = 10_000,
 ) -> pd.DataFrame:
     """What every cell changes, prompt by prompt.
 
     Where a combination of levels holds several lines per prompt (seeds, random draws), they are
-    averaged within each prompt first; the interval resamples prompts.
+    averaged within each prompt first; the interval resamples prompts, unless ``runs`` is given.
 
     Args:
         frame: outcomes, from :meth:`dfc_lib.study.Study.run`.
@@ -61,6 +62,8 @@ def paired_table(
         metrics: outcomes, such as ``lenient`` or ``margin``.
         before: what is compared with.
         means: columns whose plain means are added, such as ``delta``.
+        runs: the column that tells the lines of a prompt apart. The interval is then over these
+            runs and prompts (:func:`over_runs_and_prompts`), and ``runs`` says how many there are.
 
     Returns:
         ``levels``, ``metric``, ``mean``, ``gain`` (mean difference from ``before``) with its
@@ -84,7 +87,12 @@ def paired_table(
             d = statistics.paired_difference(start, end, seed=seed, n_bootstrap=n_bootstrap)
             row = dict(zip(levels, name, strict=True)) | {"metric": metric, "mean": end.mean()}
             row |= {"gain": d.mean, "low": d.bootstrap_low, "high": d.bootstrap_high, "n": d.n}
-            rows.append(row | {"rescued": d.n_rescued, "broken": d.n_broken} | sizes)
+            row |= {"rescued": d.n_rescued, "broken": d.n_broken} | sizes
+            if runs:
+                change = part.pivot(index=runs, columns="prompt", values=metric) - start
+                over = over_runs_and_prompts(change, seed, n_bootstrap)
+                row |= {"low": over["low"], "high": over["high"], "runs": over["n"]}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
