@@ -114,26 +114,16 @@ class Streams:
 # Specific features and their evolution
 
 
-def mas(
-    crosscoder: Crosscoder, models: Sequence[str | int] | None = None
-) -> Float[Tensor, "d_dict model"]:
-    """Model attribution score: ||W_dec[i, m]||_1 over its sum over ``models`` (default: all).
-
-    Rows add up to 1; a feature that writes to none of ``models`` has NaN. In normalised units, so
-    that a model with longer activations has no advantage.
-    """
-    names = range(crosscoder.n_models) if models is None else models
-    index = [crosscoder.partition.model(m) for m in names]
-    norms = crosscoder.W_dec.detach()[:, index].abs().sum(-1)
-    return norms / norms.sum(1, keepdim=True)
-
-
-def nrn(crosscoder: Crosscoder, tuned: str | int, base: str | int) -> Float[Tensor, " d_dict"]:
+def nrn(crosscoder: Crosscoder, tuned: str, base: str) -> Float[Tensor, " d_dict"]:
     """Normalised relative norm ||W_dec[tuned]||_1 / (||W_dec[base]||_1 + ||W_dec[tuned]||_1).
 
-    1: the tuned model's alone; 0.5: shared; 0: the base's alone. Other models are not looked at.
+    1: the tuned model's alone; 0.5: shared; 0: the base's alone; NaN: it writes to neither. Other
+    models are not looked at. In normalised units, so that a model with longer activations has no
+    advantage.
     """
-    return mas(crosscoder, [tuned, base])[:, 0]
+    index = [crosscoder.partition.model(name) for name in (tuned, base)]
+    norms = crosscoder.W_dec.detach()[:, index].abs().sum(-1)
+    return norms[:, 0] / norms.sum(1)
 
 
 def top_specific(
@@ -207,8 +197,8 @@ def half_overlaps(
     gain: Float[Tensor, "sample d_dict"],
     families: Sequence[str],
     rng: np.random.Generator,
+    contrast: tuple[Float[Tensor, "other d_dict"], Sequence[str]],
     share: float = 0.2,
-    contrast: tuple[Float[Tensor, "other d_dict"], Sequence[str]] | None = None,
     resample: bool = False,
 ) -> dict[str, float]:
     """Overlap of the sets that ``select`` takes on halves of families, from one random split.
@@ -227,12 +217,11 @@ def half_overlaps(
         set. Means over families, over ordered pairs of families.
     """
     first, second = _halves(gain, families, rng, share, resample)
-    within = np.mean([overlap(first[name], second[name]) for name in first])
-    found = {"within": within, "between": _across(first, second)}
-    if contrast is not None:
-        found["contrast"] = _across(first, _halves(*contrast, rng, share, resample)[1])
-    sizes = [len(chosen) for half in (first, second) for chosen in half.values()]
-    return {name: float(value) for name, value in found.items()} | {"size": float(np.mean(sizes))}
+    others = _halves(*contrast, rng, share, resample)[1]
+    within = float(np.mean([overlap(first[name], second[name]) for name in first]))
+    size = float(np.mean([len(kept) for half in (first, second) for kept in half.values()]))
+    across = {"between": _across(first, second), "contrast": _across(first, others)}
+    return {"within": within} | across | {"size": size}
 
 
 def _halves(
