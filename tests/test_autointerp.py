@@ -30,12 +30,12 @@ ID = {piece: i for i, piece in enumerate(PIECES)}
 TOKENIZER = SimpleNamespace(decode=lambda ids: PIECES[ids[0]])
 
 
-def cache(texts: list[list[int]], positions: str = "all") -> SimpleNamespace:
+def cache(texts: list[list[int]]) -> SimpleNamespace:
     """What a corpus reads of a cache."""
     tokens = Tokens.of(texts)
     rows = [(i, p, text[p]) for i, text in enumerate(texts) for p in range(1, len(text))]
     table = pd.DataFrame(rows, columns=["sequence", "position", "token"])
-    return SimpleNamespace(positions=positions, tokens=tokens, rows=table, directory="a cache")
+    return SimpleNamespace(tokens=tokens, rows=table)
 
 
 def chat(rng) -> list[int]:
@@ -96,11 +96,6 @@ def test_windows_stay_in_their_text(corpus):
     same_hash = pd.Series(tokens).groupby(corpus.window).nunique()
     same_tokens = pd.Series(corpus.window).groupby(pd.Series(tokens)).nunique()
     assert same_hash.max() == same_tokens.max() == 1
-
-
-def test_a_cache_of_last_tokens_is_refused():
-    with pytest.raises(ValueError, match="all positions"):
-        Corpus.of(cache([[1, 2, 3]], positions="last"), TOKENIZER)
 
 
 def marked(pieces: list[str]) -> dict[str, set[str]]:
@@ -428,7 +423,7 @@ def explainer(server, tmp_path, monkeypatch):
     monkeypatch.setenv("DFC_OPENAI_BASE_URL", server.url)
     monkeypatch.setenv("DFC_OPENAI_MODEL", "a-model")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    return autointerp.OpenAIExplainer.from_environment(tmp_path / "kept", timeout=5, max_retries=3)
+    return autointerp.OpenAIExplainer.from_environment(tmp_path / "kept")
 
 
 @pytest.fixture

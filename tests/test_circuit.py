@@ -20,7 +20,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def lens(model):
-    return circuit.Lens(model, word_tokenizer(), IDS, batch_size=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(circuit, "_BATCH", 3)  # one batch is not full
+        yield circuit.Lens(model, word_tokenizer(), IDS)
 
 
 @pytest.fixture(scope="module")

@@ -177,5 +177,5 @@ def test_numbers_of_directions_and_stability():
 
 
 def test_a_probe_needs_both_kinds():
-    with pytest.raises(ValueError, match="needs both kinds"):
+    with pytest.raises(ValueError, match="at least 2 classes"):
         methods.probe(torch.randn(4, 3), torch.ones(4, dtype=torch.bool))

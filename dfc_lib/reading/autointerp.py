@@ -78,7 +78,7 @@ class PredicateExplainer:
 
     Best is the mean of the two balanced accuracies that score it later, here on the explained
     texts: per window (does it hold anywhere?) and per token, inactive tokens counted half from
-    active and half from inactive windows. Two predicates must beat one by ``margin``.
+    active and half from inactive windows. Two predicates must beat one by 0.02.
 
     Candidates are the marks; the tokens that the feature fires on in the examples (twice or more,
     and in three of ten occurrences), alone and in sets; and likewise the tokens before those. A set
@@ -86,7 +86,6 @@ class PredicateExplainer:
     """
 
     corpus: Corpus
-    margin: float = 0.02
 
     def explain(self, examples: Sequence[Example]) -> Explanation:
         """What separates the active examples from the others."""
@@ -112,7 +111,7 @@ class PredicateExplainer:
         merit = ((share(fires) + 1 - false) / 2 + per_window) / 2
         single = int(merit.diagonal().argmax())
         pair = np.unravel_index(int(np.triu(merit, 1).argmax()), merit.shape)
-        better = merit[pair] > merit[single, single] + self.margin
+        better = merit[pair] > merit[single, single] + 0.02
         rule = tuple(library[i] for i in (pair if better else (single,)))
         structural = {p.structural for p in rule}
         kind = {(True,): "structural", (False,): "content"}.get(tuple(structural), "mixed")
@@ -179,15 +178,11 @@ class OpenAIExplainer:
     batch: int = 10
 
     @classmethod
-    def from_environment(
-        cls, cache_dir: str | Path, timeout: float = 60.0, max_retries: int = 5
-    ) -> "OpenAIExplainer":
+    def from_environment(cls, cache_dir: str | Path) -> "OpenAIExplainer":
         """Endpoint, model and key from ``DFC_OPENAI_BASE_URL`` (default: OpenAI's own),
         ``DFC_OPENAI_MODEL`` and ``OPENAI_API_KEY`` (a local server may need none).
 
-        Args:
-            timeout: seconds until an attempt counts as failed.
-            max_retries: further attempts.
+        An attempt counts as failed after a minute; five more follow.
 
         Raises:
             ExplainerError: no model is named.
@@ -198,7 +193,7 @@ class OpenAIExplainer:
             raise ExplainerError("set DFC_OPENAI_MODEL to the model's name at the endpoint")
         base_url = os.environ.get("DFC_OPENAI_BASE_URL") or "https://api.openai.com/v1"
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        client = OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=max_retries)
+        client = OpenAI(api_key=key, base_url=base_url, timeout=60.0, max_retries=5)
         return cls(model, Path(cache_dir), client)
 
     def explain(self, examples: Sequence[Example]) -> Explanation:

@@ -8,7 +8,7 @@ changed, all others keep theirs (Wang et al., arXiv 2211.00593; Goldowsky-Dill e
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dfc_lib.data.pair import depth
 
+_BATCH = 64  # prompts that run at once
 Rows = Float[Tensor, "prompt d_model"]
 
 
@@ -29,34 +31,22 @@ class Lens:
         model: the Hugging Face model, left as it is.
         bridge: a ``TransformerBridge`` around a copy of its modules; the weights are not copied.
         ids: prompts as token ids, of any lengths (at least one, else ``ValueError``); they are
-            padded on the left, so that all end together, and ``batch_size`` of them run at once.
+            padded on the left, so that all end together.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], batch_size: int = 64
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, ids: Sequence[Sequence[int]]) -> None:
         from transformer_lens.model_bridge import TransformerBridge
 
         if not ids:
             raise ValueError("ids is empty; there is nothing to run")
         weights = {id(w): w for w in (*model.parameters(), *model.buffers())}
-        self.model, self.ids, self.batch_size = model, list(ids), batch_size
+        self.model, self.ids = model, list(ids)
         # It rewires the model that it wraps and sets the tokenizer's special tokens.
         inner, tokenizer = copy.deepcopy(model, weights), copy.deepcopy(tokenizer)
         its = {"device": model.device, "dtype": model.dtype}
         self.bridge = TransformerBridge.boot_transformers(
             model.config.model_type, hf_model=inner, tokenizer=tokenizer, **its
         )
-
-    def batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which prompts, their ids (prompt, token), and a mask that is zero at padding."""
-        for start in range(0, len(self.ids), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            pad = [max(map(len, self.ids[rows])) - len(p) for p in self.ids[rows]]
-            tokens = [[0] * n + list(p) for n, p in zip(pad, self.ids[rows], strict=True)]
-            mask = [[0] * n + [1] * len(p) for n, p in zip(pad, self.ids[rows], strict=True)]
-            device = self.model.device
-            yield rows, torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
     @torch.no_grad()
     def run(
@@ -76,7 +66,11 @@ class Lens:
             the logits, and by name the activations (prompt, ...).
         """
         logits, kept = [], {name: [] for name in keep}
-        for rows, tokens, mask in self.batches():
+        left = partial(pad_sequence, batch_first=True, padding_side="left")
+        for start in range(0, len(self.ids), _BATCH):
+            rows = slice(start, start + _BATCH)
+            prompts = [torch.tensor(prompt, device=self.model.device) for prompt in self.ids[rows]]
+            tokens, mask = left(prompts), left([torch.ones_like(prompt) for prompt in prompts])
             hooks = [(name, partial(_add, change=x[rows])) for name, x in (add or {}).items()]
             for (name, head), x in (heads or {}).items():
                 hooks.append((name, partial(_put, head=head, values=x[rows])))

@@ -108,15 +108,15 @@ def _unit(rows: Rows) -> Rows:
     return Rows(rows.vectors[keep] / norms[keep, None], rows.labels[keep], rows.names)
 
 
-def planted(rows: Rows, length: float = 1.0, seed: int = 0) -> Rows:
+def planted(rows: Rows, seed: int = 0) -> Rows:
     """The same vectors and sizes of blocks with islands in them: blocks are dealt anew at random,
-    and each block is moved by ``length`` times a vector's in a random direction of its own.
+    and each block is moved by a vector's length in a random direction of its own.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(rows.labels)
     directions = rng.standard_normal((len(rows.names), rows.vectors.shape[1]))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return _unit(Rows(rows.vectors + length * directions[labels], labels, rows.names))
+    return _unit(Rows(rows.vectors + directions[labels], labels, rows.names))
 
 
 def purity(
@@ -162,12 +162,12 @@ def purity(
     return dict(zip(names, values, strict=True))
 
 
-def separability(rows: Rows, folds: int = 5, seed: int = 0) -> float:
+def separability(rows: Rows, seed: int = 0) -> float:
     """How well planes tell the blocks apart on rows that they were not fitted to.
 
-    Balanced accuracy of a ridge classifier in stratified folds, less 1 / blocks, and divided by one
-    less the same: 0 at chance, 1 where all are told. NaN unless two blocks have two rows or more;
-    smaller ones are left out.
+    Balanced accuracy of a ridge classifier in five stratified folds, less 1 / blocks, and divided
+    by one less the same: 0 at chance, 1 where all are told. NaN unless two blocks have two rows or
+    more; smaller ones are left out.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.metrics import balanced_accuracy_score
@@ -178,10 +178,10 @@ def separability(rows: Rows, folds: int = 5, seed: int = 0) -> float:
     _, sizes = np.unique(labels, return_counts=True)
     if len(sizes) < 2:
         return np.nan
-    split = StratifiedKFold(min(folds, int(sizes.min())), shuffle=True, random_state=seed)
+    split = StratifiedKFold(min(5, int(sizes.min())), shuffle=True, random_state=seed)
     model = RidgeClassifier(class_weight="balanced")
-    told = balanced_accuracy_score(labels, cross_val_predict(model, vectors, labels, cv=split))
-    return float((told - 1 / len(sizes)) / (1 - 1 / len(sizes)))
+    told = cross_val_predict(model, vectors, labels, cv=split)
+    return balanced_accuracy_score(labels, told, adjusted=True)
 
 
 def plane(

@@ -217,14 +217,17 @@ class Claims(NamedTuple):
     score: Float[Tensor, " d_dict"]
 
 
-def block_claims(crosscoder: Crosscoder) -> Claims:
-    """The features of a DFC's exclusive blocks, score 1; all others are never claimed."""
+def block_claims(crosscoder: Crosscoder, activations: AnyActivations | None = None) -> Claims:
+    """The features of a DFC's exclusive blocks, score 1; all others are never claimed.
+
+    Needs no activations, as ``norm_ratio_claims`` does not.
+    """
     model, _ = _norms(crosscoder)
     exclusive = crosscoder.partition.mask().sum(1) == 1
     return Claims(model, torch.where(exclusive, 1.0, -torch.inf))
 
 
-def norm_ratio_claims(crosscoder: Crosscoder) -> Claims:
+def norm_ratio_claims(crosscoder: Crosscoder, activations: AnyActivations | None = None) -> Claims:
     """``||W_dec[i, m]|| / sum_m ||W_dec[i, m]||`` for the model with the larger norm: 0.5 to 1."""
     model, norms = _norms(crosscoder)
     return Claims(model, norms.amax(1) / norms.sum(1))
@@ -332,32 +335,24 @@ def recovery(
         live: the learned features that count.
 
     Returns:
-        Two tables. Per planted exclusive feature: ``owner``, ``rate``, ``cosine`` (the largest with
-        a live decoder row of its model), ``learned`` (that is at least ``MIN_COSINE``) and
-        ``score``, the largest of the live features that match it and would be claimed for its
-        model; minus infinity if there is none. Per live learned feature: ``feature``, ``model``,
-        ``score``, ``is_true`` (its row in ``model`` matches an exclusive feature of that model) and
+        Two tables. Per planted exclusive feature, those of A first: ``rate``, ``learned`` (a live
+        decoder row of its model has a cosine of at least ``MIN_COSINE`` with it) and ``score``, the
+        largest of the live features that match it and would be claimed for its model; minus
+        infinity if there is none. Per live learned feature: ``score``, ``is_true`` (its row in the
+        model that it could be claimed for matches an exclusive feature of that model) and
         ``is_shared`` (its row matches a shared feature).
     """
     planted, matches = [], torch.zeros(2, len(W_dec), dtype=torch.bool)  # exclusive, shared
-    for m, name in enumerate("AB"):
+    for m in (0, 1):
         exclusive, mine = truth.exclusive(m), claims.model == m
         cosine = cosines(W_dec[:, m], truth.directions[exclusive, m])
         shared = cosines(W_dec[:, m], truth.directions[truth.owner < 0, m])
         matches |= mine & torch.stack([(c >= MIN_COSINE).any(1) for c in (cosine, shared)])
-        best = cosine.where(live[:, None], -1.0).amax(0)
-        usable = (cosine >= MIN_COSINE) & (live & mine)[:, None]
-        score = claims.score[:, None].where(usable, -torch.inf).amax(0)
+        near = (cosine >= MIN_COSINE) & live[:, None]
+        score = claims.score[:, None].where(near & mine[:, None], -torch.inf).amax(0)
         rate = truth.rate[exclusive].double().round(decimals=6)
-        columns = {"rate": rate, "cosine": best, "learned": best >= MIN_COSINE, "score": score}
-        planted.append(pd.DataFrame({"owner": name} | columns))
-    learned = {
-        "feature": np.arange(len(W_dec)),
-        "model": np.array(["A", "B"])[claims.model],
-        "score": claims.score,
-        "is_true": matches[0],
-        "is_shared": matches[1],
-    }
+        planted.append(pd.DataFrame({"rate": rate, "learned": near.any(0), "score": score}))
+    learned = {"score": claims.score, "is_true": matches[0], "is_shared": matches[1]}
     learned = pd.DataFrame(learned)[live.numpy()].reset_index(drop=True)
     return pd.concat(planted, ignore_index=True), learned
 

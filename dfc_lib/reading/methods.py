@@ -69,16 +69,6 @@ class Method:
         return Job(replace(self.config, seed=seed), activations, data_key)
 
 
-def by_blocks(crosscoder: Crosscoder, activations: AnyActivations) -> Claims:
-    """``groundtruth.block_claims``, which looks at no activations."""
-    return groundtruth.block_claims(crosscoder)
-
-
-def by_norms(crosscoder: Crosscoder, activations: AnyActivations) -> Claims:
-    """``groundtruth.norm_ratio_claims``, which looks at no activations."""
-    return groundtruth.norm_ratio_claims(crosscoder)
-
-
 def by_strength(crosscoder: Crosscoder, activations: AnyActivations) -> Claims:
     """The exclusive features of a DFC, by how much they write: a block with a threshold.
 
@@ -101,7 +91,6 @@ def crosscoders(untied: TrainConfig, d_model: int) -> dict[str, Method]:
     - the DFC by its blocks: untied, tied and anchored (``recipes.Recipe``).
     """
     plain = replace(untied, partition=Partition.plain(untied.partition.dict_size))
-    tied, anchored = ({"tie_shared": True}, recipes.anchored(untied.steps))
     budget = {name: getattr(untied, name) for name in ("batch_size", "lr", "device")}
     l1 = specificity.weighted_l1(
         untied.partition.model_names,
@@ -111,17 +100,15 @@ def crosscoders(untied: TrainConfig, d_model: int) -> dict[str, Method]:
         steps=max(1, untied.steps // 2),  # each takes about twice as long as the others'
         **budget,
     )
+    by_norms, by_blocks = groundtruth.norm_ratio_claims, groundtruth.block_claims
+    by_scaling, anchored = groundtruth.latent_scaling_claims, recipes.anchored(untied.steps)
     ways = [
         Method("plain, norm ratio", plain, by_norms),
-        Method("plain, latent scaling", plain, groundtruth.latent_scaling_claims),
-        Method(
-            "BatchTopK, latent scaling",
-            replace(plain, batchtopk=True),
-            groundtruth.latent_scaling_claims,
-        ),
+        Method("plain, latent scaling", plain, by_scaling),
+        Method("BatchTopK, latent scaling", replace(plain, batchtopk=True), by_scaling),
         Method("L1, norm ratio", l1, by_norms),
         Method("DFC untied", untied, by_blocks, 1.0),
-        Method("DFC tied", replace(untied, **tied), by_blocks, 1.0),
+        Method("DFC tied", replace(untied, tie_shared=True), by_blocks, 1.0),
         Method("DFC anchored", replace(untied, **anchored), by_blocks, 1.0),
     ]
     return {way.name: way for way in ways}
@@ -174,9 +161,6 @@ def probe(h: Float[Tensor, "n d_model"], positive: Bool[Tensor, " n"]) -> Direct
     """
     from sklearn.linear_model import LogisticRegression
 
-    if bool(positive.all()) or not bool(positive.any()):
-        raise ValueError(f"{int(positive.sum())} of {len(positive)} texts are positive; a probe "
-                         "needs both kinds")  # fmt: skip
     z = (h - h.mean(0)) / h.var(0).mean().sqrt()
     fitted = LogisticRegression(max_iter=1000).fit(z.double().numpy(), positive.numpy())
     normal = torch.from_numpy(fitted.coef_).float()
@@ -329,17 +313,17 @@ def recovered(directions: Directions, truth: Truth) -> tuple[pd.DataFrame, dict[
     """Directions against planted truth, of either sign: a difference does not say whose it is.
 
     Returns:
-        one line per planted exclusive feature: ``owner``, ``rate``, ``found``; and ``claimed``,
+        one line per planted exclusive feature: ``rate``, ``found``; and ``claimed``,
         ``recall`` and ``false_discovery_rate`` (share of the directions that are no exclusive
         feature's; 0 if there are none).
     """
     parts, right = [], torch.zeros(len(directions), dtype=torch.bool)
-    for m, name in enumerate("AB"):
+    for m in (0, 1):
         mine = truth.exclusive(m)
         near = groundtruth.cosines(directions, truth.directions[mine, m]).abs() >= MIN_COSINE
         right |= near.any(1)
         rate = truth.rate[mine].double().round(decimals=6)
-        parts.append(pd.DataFrame({"owner": name, "rate": rate, "found": near.any(0)}))
+        parts.append(pd.DataFrame({"rate": rate, "found": near.any(0)}))
     planted = pd.concat(parts, ignore_index=True)
     rates = {"claimed": len(directions), "recall": float(planted.found.mean())}
     wrong = int((~right).sum()) / max(1, len(directions))

@@ -187,18 +187,9 @@ def stability(scores_a: ArrayLike, scores_b: ArrayLike, top: int) -> Stability:
         scores_a, scores_b: (n_features,) larger is better, such as `table["cohens_d"]` or a block's
             part of it; infinite values are fine. The features must be the same ones: those of two
             crosscoders have to be matched first.
-        top: size of the top.
-
-    Raises:
-        ValueError: lengths that differ, NaN, or `top` not in 1..n_features.
+        top: size of the top, at most the number of features.
     """
     a, b = (np.asarray(scores, dtype=np.float64) for scores in (scores_a, scores_b))
-    if a.shape != b.shape or np.isnan(a).any() or np.isnan(b).any():
-        raise ValueError(
-            f"{a.size} and {b.size} scores, or NaN among them; pass scores of the same features"
-        )
-    if not 1 <= top <= a.size:
-        raise ValueError(f"top is {top}; it must lie between 1 and the {a.size} features")
     overlap = float((_in_top(a, top) * _in_top(b, top)).sum()) / top
     rho = np.nan
     if (a != a[0]).any() and (b != b[0]).any():

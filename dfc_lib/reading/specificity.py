@@ -36,12 +36,11 @@ def replications(profile: Profile) -> dict[str, Profile]:
     if profile.pair and own.name.isdigit():
         numbered = [folder for folder in own.parent.iterdir() if folder.name.isdigit()]
         folders = sorted(numbered, key=lambda folder: int(folder.name))
-    pairs = {folder.name: replace(profile, pair=str(folder)) for folder in folders}
-    both = {
-        name: pair
-        for name, pair in pairs.items()
-        if all(len(pair.checkpoints(run)) > 1 for run in ("rl", "sft"))
-    }
+    both = {}
+    for folder in folders:
+        pair = replace(profile, pair=str(folder))
+        if all(len(pair.checkpoints(run)) > 1 for run in ("rl", "sft")):
+            both[folder.name] = pair
     if not profile.pair or own.name not in both:
         raise ValueError(
             f"profile {profile.name} has no checkpoints of an RL and of an SFT run from one base; "

@@ -99,8 +99,7 @@ def _marks(strings: Sequence[str]) -> Bool[np.ndarray, "token mark"]:
     def each(holds: Callable[[str], bool]) -> Bool[np.ndarray, " token"]:
         return np.array([bool(holds(s)) for s in strings])
 
-    first = {s: i for i, s in reversed(list(enumerate(strings)))}
-    of["repeated"] = where != [first[s] for s in strings]
+    of["repeated"] = pd.Series(strings).duplicated().to_numpy()
     of["chat"] = np.full(len(strings), of["turn"].any())
     of["prose"] = ~of["chat"]
     of["last"], of["early"] = where == where[-1], where < 8
@@ -159,17 +158,10 @@ class Corpus:
             activations: a cache with ``positions="all"``.
             texts: its sequences to take (default: all); repeated texts are taken once.
             seed: of the split into explained and held-out texts.
-
-        Raises:
-            ValueError: the cache holds last tokens only.
         """
-        if activations.positions != "all":
-            raise ValueError(f"{activations.directory}: windows need a cache of all positions")
         tokens, table = activations.tokens, activations.rows
-        first: dict[bytes, int] = {}
-        for i in range(len(tokens)) if texts is None else sorted(texts):
-            first.setdefault(tokens[i].tobytes(), int(i))
-        chosen = np.array(sorted(first.values()))
+        asked = range(len(tokens)) if texts is None else sorted(texts)
+        chosen = np.array(asked)[~pd.Series([tokens[i].tobytes() for i in asked]).duplicated()]
         rows = np.flatnonzero(table["sequence"].isin(chosen))
         sequence, position = (table[name].to_numpy()[rows] for name in ("sequence", "position"))
         at, text = tokens.offsets[sequence] + position, np.searchsorted(chosen, sequence)
@@ -187,11 +179,9 @@ class Corpus:
 
         strings = {int(i): tokenizer.decode([int(i)]) or "�" for i in np.unique(tokens.ids)}
         marks = [_marks([strings[int(t)] for t in tokens[int(i)]])[1:] for i in chosen]
-        marks = np.concatenate(marks)
-        _, inverse, counts = np.unique(
-            tokens.prefix_hashes()[at], return_inverse=True, return_counts=True
-        )
-        shared = counts[inverse] >= max(2, FIXED_SHARE * len(chosen))
+        marks, beginnings = np.concatenate(marks), pd.Series(tokens.prefix_hashes()[at])
+        alike = beginnings.groupby(beginnings).transform("size").to_numpy()
+        shared = alike >= max(2, FIXED_SHARE * len(chosen))
         marks[:, _COLUMN["fixed"]] = shared & marks[:, _COLUMN["chat"]]
         half = held_out[text]
         return Corpus(
