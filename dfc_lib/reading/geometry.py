@@ -275,14 +275,12 @@ def _nmi(tables: np.ndarray) -> np.ndarray:
     return np.where(mean == 0, 1.0, (blocks + clusters - joint) / np.where(mean == 0, 1.0, mean))
 
 
-def recovery(
-    rows: Rows, seed: int = 0, n_permutations: int = 1_000
-) -> tuple[pd.DataFrame, Float[np.ndarray, "feature 2"]]:
+def recovery(rows: Rows, seed: int = 0, n_permutations: int = 1_000) -> pd.DataFrame:
     """How well clusters recover the blocks (two or more), in the original space and on the plane.
 
     Returns:
         one line per (space, method) with ``silhouette`` (of the blocks, not of the clusters) and
-        the columns of ``agreement``; and the plane, for the picture.
+        the columns of ``agreement``.
     """
     from sklearn.metrics import silhouette_score
 
@@ -294,4 +292,4 @@ def recovery(
             found = cluster(points, method, n_blocks, seed)
             line = {"space": space, "method": method, "n": len(points), "silhouette": silhouette}
             lines.append(line | agreement(found, rows.labels, n_permutations, seed))
-    return pd.DataFrame(lines), spaces["plane"]
+    return pd.DataFrame(lines)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from sae_lens import SAE, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
 from dfc_lib import provenance, store
@@ -34,9 +35,6 @@ from dfc_lib.reading import groundtruth, specificity
 from dfc_lib.reading.groundtruth import MIN_COSINE, Claims, Truth
 from dfc_lib.reading.switches import LIVE
 from dfc_lib.steering.interventions import Intervention, Site
-
-if TYPE_CHECKING:
-    from sae_lens import SAE
 
 Streams = Float[Tensor, "n model d_model"]  # A and B on the same texts, raw units
 Directions = Float[Tensor, "direction d_model"]
@@ -167,10 +165,10 @@ def probe(h: Float[Tensor, "n d_model"], positive: Bool[Tensor, " n"]) -> Direct
     return normal / normal.norm()
 
 
-def claimed_mean(x: Streams, n_draws: int = 99, seed: int = 0) -> Directions:
-    """The mean of A - B if it is longer than under ``n_draws`` random signs of A - B, else none."""
+def claimed_mean(x: Streams) -> Directions:
+    """The mean of A - B if it is longer than under 99 draws of random signs of A - B, else none."""
     gaps = x[:, 0] - x[:, 1]
-    signs = torch.randn(n_draws, len(x), generator=torch.Generator().manual_seed(seed)).sign()
+    signs = torch.randn(99, len(x), generator=torch.Generator().manual_seed(0)).sign()
     by_chance = (signs @ gaps / len(x)).norm(dim=-1).max()
     mean = mean_difference(x)
     return mean[mean.norm(dim=-1) > by_chance]
@@ -194,7 +192,7 @@ def claimed_principal(x: Streams, centred: bool = True) -> Directions:
 # An SAE on the difference, by SAELens
 
 
-def train_sae(gaps: Float[Tensor, "n d_model"], config: TrainConfig, d_sae: int) -> Any:
+def train_sae(gaps: Float[Tensor, "n d_model"], config: TrainConfig, d_sae: int) -> TopKTrainingSAE:
     """A top-k SAE on differences, trained by SAELens' ``SAETrainer``.
 
     SAELens scales the differences by one scalar and folds it into the weights, so that the SAE
@@ -202,14 +200,7 @@ def train_sae(gaps: Float[Tensor, "n d_model"], config: TrainConfig, d_sae: int)
 
     Args:
         config: its k, steps, batch size, learning rate, seed and order of the data.
-
-    Returns:
-        SAELens' ``TopKTrainingSAE``.
     """
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
     one_stream = replace(config, partition=Partition.plain(d_sae, 1))
     batches = Batches(one_stream, gaps[:, None], None)
     data = (batches.batch(step)[:, 0] for step in count())
@@ -231,7 +222,7 @@ def train_sae(gaps: Float[Tensor, "n d_model"], config: TrainConfig, d_sae: int)
 
 def difference_sae(
     x: AnyActivations, config: TrainConfig, d_sae: int, build_dir: str | Path, data_key: str
-) -> "SAE":
+) -> SAE:
     """``train_sae`` on A - B, or found trained: kept on disk and read back by SAELens.
 
     Args:
@@ -239,8 +230,6 @@ def difference_sae(
         build_dir: SAEs live in ``<build_dir>/saes/<key>``.
         data_key: identifies ``x``.
     """
-    from sae_lens import SAE
-
     settings = {"d_sae": d_sae, "sae_lens": version("sae-lens")} | config.to_dict()
     name = store.key(provenance.code_hash(__name__), settings, data_key)
     folder = Path(build_dir) / "saes" / name
@@ -252,12 +241,12 @@ def difference_sae(
 
 
 @torch.no_grad()
-def of_sae(sae: "SAE", seen: Streams, n: int, min_rate: float = LIVE) -> Directions:
+def of_sae(sae: SAE, seen: Streams, n: int, min_rate: float = LIVE) -> Directions:
     """As ``candidates``, for an SAE on the difference: by how much its features write."""
     f = sae.encode((seen[:, 0] - seen[:, 1]).to(sae.device)).cpu()
     rows = sae.W_dec.detach().cpu()
     writes = f.square().mean(0).sqrt() * rows.norm(dim=-1)
-    live = (f > 0).float().mean(0) >= max(min_rate, 1e-9)
+    live = (f > 0).float().mean(0) >= min_rate
     order = torch.where(live, writes, -1.0).argsort(descending=True, stable=True)
     return rows[order[: min(n, int(live.sum()))]]
 

@@ -56,7 +56,6 @@ def ablations(
     table = table.astype({"seed": int, "feature": int, "fires": float})  # also where there is none
     table["clean"] = frame[frame.cell == "clean"].propensity.mean()
     ablated = frame[frame.cell == "ablated"].groupby(["seed", "feature"]).propensity.mean()
-    names = table[["seed", "feature"]].itertuples(index=False, name=None)
-    table["ablated"] = pd.Series([ablated[name] for name in names], dtype=float)
+    table["ablated"] = pd.Series([ablated[seed, i] for seed, _, i, _ in found], dtype=float)
     table["change"] = table.ablated - table.clean
     return table.sort_values("change", ignore_index=True)
