@@ -18,6 +18,7 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -127,10 +128,8 @@ def candidates(crosscoder: Crosscoder, claims: Claims, seen: Streams, n: int) ->
     rows = (crosscoder.W_dec.detach().cpu() * scale)[features, claims.model]
     writes = f.square().mean(0).sqrt() * rows.norm(dim=-1)
     counts = ((f > 0).float().mean(0) >= LIVE) & claims.score.isfinite() & (writes > 0)
-    order = sorted(
-        features[counts].tolist(), key=lambda i: (-float(claims.score[i]), -float(writes[i]))
-    )
-    return rows[order[:n]]
+    order = np.lexsort((-writes[counts], -claims.score[counts]))
+    return rows[counts][order[:n]]
 
 
 # --------------------------------------------------------------------------------------------------
