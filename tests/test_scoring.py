@@ -34,17 +34,17 @@ GOLD = block(call("f", x=1))
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        ('<tool_call>\n{"name": "add"}\n</tool_call>', (1, 1, 2)),
-        ('<TOOL_Call> {"name" : "ADD"}', (1, 1, 2)),  # any case; the block need not be complete
-        ('I would write "name": "add_numbers" here', (0, 1, 1)),  # contains a listed name
-        ('"name": "ad"', (0, 1, 1)),  # lies inside a listed name
-        ('<tool_call>"name": "fly"', (1, 0, 0)),
-        ('"name": "fly", "name": "add"', (0, 0, -1)),  # only the first name counts
-        ('<tool_call>{"name": ""}', (0, 0, -1)),  # an empty name is none
-        ('<tool_call>{"Name": "add"}', (0, 0, -1)),  # the field's own case matters
-        ("<tool_call>add</tool_call>", (0, 0, -1)),
-        ("Of course!", (0, 0, -1)),
-        ("", (0, 0, -1)),
+        ('<tool_call>\n{"name": "add"}\n</tool_call>', (1, 1)),
+        ('<TOOL_Call> {"name" : "ADD"}', (1, 1)),  # any case; the block need not be complete
+        ('I would write "name": "add_numbers" here', (0, 1)),  # contains a listed name
+        ('"name": "ad"', (0, 1)),  # lies inside a listed name
+        ('<tool_call>"name": "fly"', (1, 0)),
+        ('"name": "fly", "name": "add"', (0, 0)),  # only the first name counts
+        ('<tool_call>{"name": ""}', (0, 0)),  # an empty name is none
+        ('<tool_call>{"Name": "add"}', (0, 0)),  # the field's own case matters
+        ("<tool_call>add</tool_call>", (0, 0)),
+        ("Of course!", (0, 0)),
+        ("", (0, 0)),
     ],
 )
 def test_lenient_table(response, expected):
@@ -54,8 +54,8 @@ def test_lenient_table(response, expected):
 
 def test_lenient_without_tools_or_with_an_empty_name_matches_nothing():
     """An empty listed name would lie inside every called name."""
-    assert lenient('<tool_call>{"name": "add"}', []) == (1, 0, 0)
-    assert lenient('<tool_call>{"name": "add"}', ["", " "]) == (1, 0, 0)
+    assert lenient('<tool_call>{"name": "add"}', []) == (1, 0)
+    assert lenient('<tool_call>{"name": "add"}', ["", " "]) == (1, 0)
 
 
 def test_lenient_refuses_a_bare_string_of_names():
@@ -66,11 +66,10 @@ def test_lenient_refuses_a_bare_string_of_names():
 
 @quick
 @given(st.text(), st.lists(st.text(min_size=1), max_size=4))
-def test_lenient_overall_follows_its_parts(text, names):
-    """The overall score disagrees with format and tool, or depends on the order of the list."""
-    score = lenient(f'<tool_call>"name": "{text}"', names)
-    assert score.overall_score == 2 * score.tool_correctness + score.format_accuracy - 1
-    assert score == lenient(f'<tool_call>"name": "{text}"', names[::-1])
+def test_lenient_does_not_depend_on_the_order_of_the_tools(text, names):
+    """The first listed name, or the last, is preferred."""
+    response = f'<tool_call>"name": "{text}"'
+    assert lenient(response, names) == lenient(response, names[::-1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -112,25 +111,25 @@ def test_gold_has_call():
 
 
 def flags(response, gold):
-    """called, name, correct, correct_normalised as 0/1 text."""
+    """called, correct, correct_normalised as 0/1 text."""
     return "".join("01"[v] for v in strict(response, gold))
 
 
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        ([call("f", x=1, y="a b")], "1111"),
-        ([call("f", y="a b", x=1)], "1111"),  # key order
-        ([call("g", x=1, y="a b")], "1000"),
-        ([call("f", x=1)], "1100"),
-        ([call("f", x=1, y="a b", z=0)], "1100"),
-        ([call("f", x=1, y="A-b!")], "1101"),
-        ([call("f", x=2, y="a b")], "1100"),
-        ([call("f", x=True, y="a b")], "1100"),
-        ([call("f", x="1", y="a b")], "1100"),
-        ([call("f", x=1.0, y="a b")], "1100"),  # a float for an int
-        ([call("f", x=1, y="a b"), call("f", x=1, y="a b")], "1000"),
-        (["nonsense"], "1000"),
+        ([call("f", x=1, y="a b")], "111"),
+        ([call("f", y="a b", x=1)], "111"),  # key order
+        ([call("g", x=1, y="a b")], "100"),
+        ([call("f", x=1)], "100"),
+        ([call("f", x=1, y="a b", z=0)], "100"),
+        ([call("f", x=1, y="A-b!")], "101"),
+        ([call("f", x=2, y="a b")], "100"),
+        ([call("f", x=True, y="a b")], "100"),
+        ([call("f", x="1", y="a b")], "100"),
+        ([call("f", x=1.0, y="a b")], "100"),  # a float for an int
+        ([call("f", x=1, y="a b"), call("f", x=1, y="a b")], "100"),
+        (["nonsense"], "100"),
     ],
 )
 def test_strict_table(made, expected):
@@ -173,9 +172,9 @@ def test_strict_values(gold, made, exact, normalised):
 def test_strict_several_calls_are_an_ordered_list():
     """A swapped pair of calls is not the gold's answer."""
     a, b = call("f", x=1), call("g", x=1)
-    assert flags(block(a, b), block(a, b)) == "1111"
-    assert flags(block(b, a), block(a, b)) == "1000"
-    assert flags(block(a), block(a, b)) == "1000"
+    assert flags(block(a, b), block(a, b)) == "111"
+    assert flags(block(b, a), block(a, b)) == "100"
+    assert flags(block(a), block(a, b)) == "100"
 
 
 def test_strict_ignores_later_blocks_and_needs_no_layout():
@@ -196,7 +195,7 @@ def test_strict_ignores_later_blocks_and_needs_no_layout():
 )
 def test_strict_irrelevance(response, silent):
     """A call where none fits counts as right, or no call as wrong."""
-    assert strict(response, REPLY) == (not silent, False, silent, silent)
+    assert strict(response, REPLY) == (not silent, silent, silent)
 
 
 def test_strict_refuses_a_malformed_gold():
@@ -477,7 +476,7 @@ def test_order_of_calls_of_different_names_never_matters(gold, made):
 def test_strict_never_raises_and_is_consistent(response, gold):
     """An exactly right response is not right when normalised, or an unparsed one is right."""
     s = strict(response, block(*gold))
-    assert s.called >= s.name >= s.correct_normalised >= s.correct
+    assert s.called >= s.correct_normalised >= s.correct
     assert strict(response, REPLY).correct == ("<tool_call>" not in response)
 
 

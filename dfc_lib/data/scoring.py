@@ -90,7 +90,6 @@ class Lenient(NamedTuple):
 
     format_accuracy: int  # 0 or 1
     tool_correctness: int  # 0 or 1
-    overall_score: int  # 2 both, 1 tool only, 0 format only, -1 neither
 
 
 _JSON_NAME = re.compile(r'"name"\s*:\s*"([^"]+)"')
@@ -120,7 +119,7 @@ def lenient(response: str, tool_names: Sequence[str]) -> Lenient:
         listed = [tool.strip().lower() for tool in tool_names]
         # An empty listed name lies inside every name; it is no tool.
         tool_ok = any(tool and (tool in called or called in tool) for tool in listed)
-    return Lenient(int(format_ok), int(tool_ok), 2 * tool_ok + format_ok - 1)
+    return Lenient(int(format_ok), int(tool_ok))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,7 +130,6 @@ class Strict(NamedTuple):
     """What of the gold answer the response's first tool-call block gets right."""
 
     called: bool  # `<tool_call>` occurs, complete or not
-    name: bool  # the called names are the gold's, in order; False where the gold has no call
     correct: bool  # names, parameter names and values are the gold's; without a gold call: silence
     correct_normalised: bool  # the same, forgiving what `strict` says of values
 
@@ -155,19 +153,14 @@ def strict(response: str, gold: str) -> Strict:
     """
     called, made = _OPEN in response, calls(response)
     if not gold_has_call(gold):
-        return Strict(called, False, not called, not called)
+        return Strict(called, not called, not called)
     wanted = calls(gold)
     if not wanted:
         raise ValueError(f"the gold answer has no well-formed <tool_call> block: {gold!r}")
-    name = [call["name"] for call in wanted] == [call["name"] for call in made]
-
-    def correct(normalised: bool) -> bool:
-        return name and all(
-            _equal(w["parameters"], m["parameters"], normalised)
-            for w, m in zip(wanted, made, strict=True)
-        )
-
-    return Strict(called, name, correct(normalised=False), correct(normalised=True))
+    if [call["name"] for call in wanted] != [call["name"] for call in made]:
+        return Strict(called, False, False)
+    values = [[call["parameters"] for call in some] for some in (wanted, made)]
+    return Strict(called, _equal(*values, normalised=False), _equal(*values, normalised=True))
 
 
 def _equal(wanted: Any, made: Any, normalised: bool) -> bool:

@@ -69,11 +69,9 @@ def score(record: Record, response: str) -> dict[str, float]:
     return {
         "format": lenient.format_accuracy,
         "lenient": lenient.tool_correctness,
-        "overall": lenient.overall_score,
         "called": float(strict.called),
         "strict": float(strict.correct),
         "strict_normalised": float(strict.correct_normalised),
-        "name": float(strict.name),
         "reward": sum(reward),
     }
 
