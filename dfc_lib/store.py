@@ -24,6 +24,19 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(path: Path, digest: str) -> str:
+    """What is wrong with a file whose SHA-256 should be ``digest``; empty if nothing is."""
+    if not path.is_file():
+        return "missing"
+    return "" if sha256(path) == digest else "truncated or altered (its SHA-256 differs)"
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write ``content`` (text as UTF-8, newlines as given); ``path`` is never seen half written.
 
@@ -52,7 +65,6 @@ def lock(path: Path, wait: bool = True) -> AbstractContextManager:
     """
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, blocking=wait)
 
 

@@ -207,7 +207,7 @@ def test_lint_passes_a_sound_cache(pair, texts, tmp_path):
     assert table["passed"].all(), table
     assert table.set_index("check").loc["passes", "value"] == 10
     assert set(checks(got, pair)) >= {"last token", "from scratch", "split overlap", "non-finite"}
-    assert not checks(got, steps=1000, batch_size=37)["passes"]
+    assert not checks(got, pair, steps=1000, batch_size=37)["passes"]
 
 
 def test_lint_catches_rows_that_stand_on_another_token(pair, texts, tmp_path):
@@ -228,13 +228,13 @@ def test_lint_catches_duplicates_overlap_and_nan(pair, texts, tmp_path):
     assert not passed["duplicate vectors"]
     assert not passed["duplicate sequences"]
     assert not passed["split overlap"]
-    table = lint(acts.Activations.open(tmp_path / "double")).set_index("check")
+    table = lint(acts.Activations.open(tmp_path / "double"), pair).set_index("check")
     assert table.loc["split overlap", "value"] == 1
 
     broken = qwen(0)
     broken.model.embed_tokens.weight.data[texts[3][0]] = torch.nan
     bad = Pair({"A": broken, "B": pair.models["B"]}, None, 1)
-    passed = checks(cache(bad, texts, tmp_path / "nan", progress=False))
+    passed = checks(cache(bad, texts, tmp_path / "nan", progress=False), bad)
     assert not passed["non-finite"]
 
 

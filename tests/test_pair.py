@@ -99,7 +99,7 @@ def test_flipped_byte_is_found_on_loading(copy):
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(PairError, match=r"model_a/model.safetensors: altered"):
+    with pytest.raises(PairError, match=r"model_a/model.safetensors: truncated or altered"):
         pairs.load_model(copy / "model_a")
 
 

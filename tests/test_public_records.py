@@ -46,7 +46,6 @@ def stand_in() -> dict[tuple[str, str], str]:
         "prompt": TEXT,
         "subset_indices": [136],
         "subset_size": 1,
-        "k_pct": 4.0,
         "alpha": 32.0,
         "clean_score": score,
         "recon_score": score,
@@ -55,7 +54,6 @@ def stand_in() -> dict[tuple[str, str], str]:
     feature = {
         "feat_idx": 7,
         "partition": "a_excl",
-        "is_dead": False,
         "top_texts": [TEXT],
         "explanation": "calls",
         "detection_n_correct": 18,
@@ -73,10 +71,6 @@ def stand_in() -> dict[tuple[str, str], str]:
         (GRIDS, "data/rankings/dfc-a.csv"): "rank,feature_idx\n0,136\n",
         (GRIDS, "results/autointerp/toolrl/0000000/feat_7.json"): json.dumps(feature),
         (GRIDS, "results/autointerp_local/dfc-a/feat_8.json"): json.dumps(silent),
-        (GRIDS, "models.jsonl"): "\n".join(
-            json.dumps({"name": name, "hyperparameters": {"layer": layer}})
-            for name, layer in (("antebe1/dfc-a", 13), ("sbhokare/dfc-a-l20", 20))
-        ),
         (GRIDS, "results/clusters/aexcl_assignments.csv"): "feature_idx,cluster_id\n0,1\n",
     }
 
@@ -126,36 +120,37 @@ def test_a_named_folder_is_read_and_nothing_is_downloaded(folder, github, monkey
 
 
 def test_one_archive_a_commit_is_downloaded_once(folder, github, tmp_path):
-    place = public_records.fetch(progress=False)
+    place = public_records.fetch()
     assert place == tmp_path / "downloads" / "public_records"
     assert [url.rpartition("/")[2] for url in github] == [f"{SWEEP}.zip", f"{GRIDS}.zip"]
     assert all("github.com/Antebe/model_diffing_crosscoders/archive/" in url for url in github)
     assert not list(place.rglob("not_listed.txt"))
     assert not list(place.glob("*.zip"))
-    public_records.fetch(progress=False)
+    public_records.fetch()
     assert len(github) == 2
 
 
 def test_a_lost_file_of_the_download_is_fetched_again(folder, github):
-    place = public_records.fetch(progress=False)
+    place = public_records.fetch()
     (place / SWEEP[:7] / "results_steer.jsonl").unlink()
-    public_records.fetch(progress=False)
+    public_records.fetch()
     assert len(github) == 3
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
         (lambda path: path.write_bytes(b"X" + path.read_bytes()[1:]), "altered"),
         (lambda path: path.unlink(), "missing"),
     ],
 )
-def test_a_damaged_file_is_named(folder, damage, said):
+def test_a_damaged_file_is_named(folder, monkeypatch, damage, said):
+    monkeypatch.setenv("DFC_PUBLIC_RECORDS", str(folder))
     path = folder / GRIDS[:7] / "data/rankings/dfc-a.csv"
     damage(path)
     with pytest.raises(RecordsError, match=said) as error:
-        public_records.fetch(folder)
+        public_records.fetch()
     assert str(path) in str(error.value)
 
 
@@ -168,7 +163,7 @@ def test_no_network_is_said_with_a_way_out(folder, monkeypatch, error):
 
     monkeypatch.setattr("pooch.retrieve", refuse)
     with pytest.raises(RecordsUnavailable, match="DFC_PUBLIC_RECORDS"):
-        public_records.fetch(progress=False)
+        public_records.fetch()
 
 
 def test_a_damaged_archive_is_named(folder, monkeypatch):
@@ -178,7 +173,7 @@ def test_a_damaged_archive_is_named(folder, monkeypatch):
 
     monkeypatch.setattr("pooch.retrieve", broken)
     with pytest.raises(RecordsError, match=rf"{SWEEP}\.zip gave is damaged"):
-        public_records.fetch(progress=False)
+        public_records.fetch()
 
 
 def test_tables_are_tidy_and_hold_no_prompt(folder):
@@ -197,19 +192,14 @@ def test_tables_are_tidy_and_hold_no_prompt(folder):
     explained = public_records.explanations(folder).set_index("feature")
     assert explained.failed.to_dict() == {7: False, 8: True}
     assert explained.source.to_dict() == {7: "autointerp/toolrl", 8: "autointerp_local/dfc-a"}
-    assert public_records.uniform_scaling(folder).scale.tolist() == [2.0, 2.0]
+    assert public_records.uniform_scaling(folder).scale_factor.tolist() == [2.0, 2.0]
     assert public_records.rankings(folder).crosscoder.tolist() == ["dfc-a"]
     for read in ("runs", "steered", "explanations", "uniform_scaling", "rankings"):
         assert TEXT not in getattr(public_records, read)(folder).to_csv()
 
 
-def test_published_crosscoders_are_named_by_layer(folder):
-    assert public_records.names(folder) == ["antebe1/dfc-a"]
-    assert public_records.names(folder, layer=20) == ["sbhokare/dfc-a-l20"]
-
-
 def test_the_shipped_manifest_names_whole_checksums():
-    files = public_records.manifest(Path(__file__).parents[1] / "data/public_records/manifest.csv")
+    files = pd.read_csv(public_records.MANIFEST)
     assert len(files) == 641
     assert files.commit.nunique() == 2
     assert files.sha256.str.fullmatch("[0-9a-f]{64}").all()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dfc_lib import paths, profiles, provenance
 from dfc_lib.crosscoder.fidelity import fidelity
-from dfc_lib.data.pair import sha256
 from dfc_lib.reading import switches
+from dfc_lib.store import sha256
 from dfc_lib.study import Study
 from tools.make_pair.card import write_checksums
 from tools.publish import Provenance, publish

@@ -33,7 +33,7 @@ from typing import Any
 
 from dfc_lib import paths, store
 from dfc_lib.data import prompts, scoring
-from dfc_lib.data.pair import by_hand, is_hub_name, sha256
+from dfc_lib.data.pair import by_hand, is_hub_name
 from dfc_lib.data.prompts import Record, Tool
 from dfc_lib.profiles import Profile
 from dfc_lib.provenance import code_hash
@@ -92,7 +92,7 @@ def _folder(
     if any((shipped / f"{split}.jsonl").exists() for split in SHARES):
         return shipped
     folder = paths.build(profile.name, "corpora", what)
-    files = {path.name: sha256(path) for path in _files(source)}
+    files = {path.name: store.sha256(path) for path in _files(source)}
     made_from = {"code": code_hash(__name__), "source": source, "wanted": wanted, "files": files}
     content, mark = json.dumps(made_from, indent=1) + "\n", folder / "source.json"
     if not mark.is_file() or mark.read_text(encoding="utf-8") != content:

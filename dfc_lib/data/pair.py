@@ -23,8 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dfc_lib import paths
-from dfc_lib.paths import downloaded
+from dfc_lib import paths, store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,12 +44,6 @@ _REMEDY = (
 )
 
 
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify(folder: str | Path) -> None:
     """Check a model folder where a ``SHA256SUMS`` in or above it covers it (the shipped pair's do).
 
@@ -65,19 +58,15 @@ def verify(folder: str | Path) -> None:
     for line in (above / SUMS).read_text().splitlines():
         digest, _, name = line.partition("  ")
         path = above / name
-        if not path.is_relative_to(folder):
-            continue
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif sha256(path) != digest:
-            problems.append(f"{path}: {_damage(path) or 'altered (its SHA-256 differs)'}")
+        if path.is_relative_to(folder) and (why := store.damage(path, digest)):
+            problems.append(f"{path}: {_unreadable(path) or why}")
     if problems:
         raise PairError("\n".join([*problems, _REMEDY]))
 
 
-def _damage(path: Path) -> str:
+def _unreadable(path: Path) -> str:
     """What keeps a ``safetensors`` file from being read; empty if nothing does."""
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and path.is_file():
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -145,7 +134,7 @@ def _resolve(name: str | Path) -> Path | str:
     """A folder where there is one, a hub name where it reads like one; an error otherwise."""
     if Path(name).is_dir():
         return Path(name)
-    if folder := downloaded(str(name)):
+    if folder := paths.downloaded(str(name)):
         return folder
     if isinstance(name, Path) or not is_hub_name(name):
         raise PairError(
@@ -208,7 +197,7 @@ def _explain(source: Path | str, error: Exception, device: str | torch.device = 
             'of other programs, or load in "bfloat16".'
         )
     if isinstance(source, Path):
-        damaged = [f"{p}: {_damage(p)}" for p in sorted(source.glob("*")) if _damage(p)]
+        damaged = [f"{p}: {why}" for p in sorted(source.glob("*")) if (why := _unreadable(p))]
         where = ", ".join(damaged) or f"{source}: cannot be loaded"
         return PairError(f"{where} ({type(error).__name__}: {error}). {_REMEDY}")
     return PairError(by_hand(source, error))

@@ -6,7 +6,6 @@
 other functions read tables from it. Prompts are left out: they are not ours to repeat.
 """
 
-import hashlib
 import json
 import os
 import tempfile
@@ -23,50 +22,39 @@ MANIFEST = paths.DATA / "public_records" / "manifest.csv"
 
 
 class RecordsError(ValueError):
-    """A file is missing, cut short or altered; the message names it and says what to do."""
+    """A file is missing or damaged; the message names it and says what to do."""
 
 
 class RecordsUnavailable(ConnectionError):
     """The records are not here and cannot be downloaded; says why."""
 
 
-def manifest(path: Path | None = None) -> pd.DataFrame:
-    """``commit``, ``path``, ``bytes``, ``sha256`` of every file."""
-    return pd.read_csv(path or MANIFEST)
-
-
-def fetch(folder: str | Path | None = None, progress: bool = True) -> Path:
+def fetch() -> Path:
     """The folder of the records, downloaded if need be and checked file by file.
 
-    Args:
-        folder: read from here and download nothing; default: ``DFC_PUBLIC_RECORDS``, if set.
+    From the folder that ``DFC_PUBLIC_RECORDS`` names, if it is set, nothing is downloaded.
 
     Raises:
-        RecordsError: a file is missing (in a folder that was named), cut short or altered.
+        RecordsError: a file is missing (in a folder that was named), truncated or altered.
         RecordsUnavailable: a download is needed, and there is no network.
     """
-    files = manifest()
-    named = folder or os.environ.get("DFC_PUBLIC_RECORDS")
+    files = pd.read_csv(MANIFEST)
+    named = os.environ.get("DFC_PUBLIC_RECORDS")
     place = Path(named or paths.DOWNLOADS / "public_records").expanduser().resolve()
     if not named:
         for commit, group in files.groupby("commit", sort=False):
             wanted = [PurePosixPath(path) for path in group.path]
             if not all((place / commit[:7] / path).is_file() for path in wanted):
-                _download(commit, wanted, place, progress)
+                _download(commit, wanted, place)
     for file in files.itertuples():
         path = place / file.commit[:7] / file.path
-        remedy = "restore it" if named else "delete it and run this again"
-        if not path.is_file():
-            raise RecordsError(f"{path} is missing; {remedy} ({REPOSITORY} at {file.commit})")
-        content = path.read_bytes()
-        if len(content) < file.bytes:
-            raise RecordsError(f"{path} is cut short: {len(content)} of {file.bytes} B; {remedy}")
-        if hashlib.sha256(content).hexdigest() != file.sha256:
-            raise RecordsError(f"{path} is altered: its sha256 is not the manifest's; {remedy}")
+        if why := store.damage(path, file.sha256):
+            remedy = "Restore it" if named else "Delete it and run this again"
+            raise RecordsError(f"{path}: {why}. {remedy} ({REPOSITORY} at {file.commit}).")
     return place
 
 
-def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: bool) -> None:
+def _download(commit: str, wanted: list[PurePosixPath], place: Path) -> None:
     """Take one commit's files out of its archive on GitHub."""
     import pooch
 
@@ -75,7 +63,7 @@ def _download(commit: str, wanted: list[PurePosixPath], place: Path, progress: b
     with tempfile.TemporaryDirectory() as folder:
         try:
             # GitHub packs an archive anew at times, so its hash says nothing; each file's does.
-            archive = pooch.retrieve(url, None, "records.zip", folder, progressbar=progress)
+            archive = pooch.retrieve(url, None, "records.zip", folder, progressbar=True)
         except OSError as error:
             raise RecordsUnavailable(
                 f"the study's records cannot be downloaded from {url} ({type(error).__name__}). "
@@ -100,18 +88,27 @@ def runs(folder: Path) -> pd.DataFrame:
     Returns:
         ``name``, ``kind`` (``DFC`` or ``plain``), ``D``, ``k``, ``share`` (of the dictionary, for
         each model alone), ``penalised`` (the exclusive block), ``l1`` (on the shared features),
-        ``<model>_<when>`` and ``<model>_format_<when>`` for the models A and B, before (``clean``)
-        and after (``reconstructed``); ``mse`` of training.
+        ``<model>_clean``, ``<model>_reconstructed`` and, of the latter, the format's
+        ``<model>_format_reconstructed`` for the models A and B; ``mse`` of training.
     """
     rows = []
-    for run in _lines(folder, "31a4d3e/results_full.jsonl"):
+    for run in _lines(folder / "31a4d3e/results_full.jsonl"):
         settings = run["hyperparameters"]
-        row = _design(run["name"], settings)
+        share = settings["model_a_exclusive_pct"]
+        row = {
+            "name": run["name"].rpartition("/")[2],
+            "kind": "DFC" if share else "plain",
+            "D": settings["dict_size"],
+            "k": settings["k"],
+            "share": share,
+            "l1": bool(settings["sparsity_coef"]),
+            "penalised": bool(settings["exclusive_sparsity_coef"]),
+        }
         for model in "AB":
-            for when, key in (("clean", "pre"), ("reconstructed", "post")):
-                row[f"{model}_{when}"] = run[f"tool_correctness_{model}_{key}"]
-                row[f"{model}_format_{when}"] = run[f"format_accuracy_{model}_{key}"]
-        rows.append(row | {"n": run["n_evaluated"]})
+            row[f"{model}_clean"] = run[f"tool_correctness_{model}_pre"]
+            row[f"{model}_reconstructed"] = run[f"tool_correctness_{model}_post"]
+            row[f"{model}_format_reconstructed"] = run[f"format_accuracy_{model}_post"]
+        rows.append(row)
     (export,) = sorted((folder / "d247064" / "results").glob("wandb_export_*.csv"))
     trained = pd.read_csv(export)
     trained["name"] = trained.Name.str.replace(r"-sp[\d.]+-esp[\d.]+$", "", regex=True)
@@ -121,31 +118,32 @@ def runs(folder: Path) -> pd.DataFrame:
 
 
 def uniform_scaling(folder: Path) -> pd.DataFrame:
-    """The whole exclusive block scaled in the base: one row per DFC and factor ``scale``; all
-    other numbers that were recorded, as they are."""
-    rows = []
-    for run in _lines(folder, "31a4d3e/results_steer.jsonl"):
-        numbers = {k: v for k, v in run.items() if isinstance(v, int | float)}
-        rows.append(_design(run["name"], run["hyperparameters"]) | numbers)
-    return pd.DataFrame(rows).rename(columns={"scale_factor": "scale"})
+    """The whole exclusive block scaled in the base: one row per DFC and factor; ``name``,
+    ``scale_factor`` and ``tool_correctness_B_steered``, as recorded."""
+    table = pd.DataFrame(_lines(folder / "31a4d3e/results_steer.jsonl"))
+    table["name"] = table.name.str.rpartition("/")[2]
+    return table[["name", "scale_factor", "tool_correctness_B_steered"]]
 
 
 def steered(folder: Path) -> pd.DataFrame:
     """The steering grids: one row per crosscoder, cell and prompt.
 
     Returns:
-        ``crosscoder`` (the folder's name), ``cell`` (the file's), ``share`` of the block in per
-        cent, ``alpha``, ``features`` (tuple of indices), ``size``, ``prompt`` (index), and tool
-        correctness as 0/1: ``clean``, ``reconstructed``, ``steered``.
+        ``crosscoder`` (the folder's name), ``cell`` (the file's), ``alpha``, ``features`` (tuple of
+        indices), ``size``, ``prompt`` (index), and tool correctness as 0/1: ``clean``,
+        ``reconstructed``, ``steered``.
     """
     rows = []
     for path in sorted((folder / "d247064/results/targeted_steering").glob("*/*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            row = {"crosscoder": path.parent.name, "cell": path.stem}
-            row |= {"share": record["k_pct"], "alpha": record["alpha"]}
-            row |= {"features": tuple(record["subset_indices"]), "size": record["subset_size"]}
-            row["prompt"] = record["prompt_index"]
+        for record in _lines(path):
+            row = {
+                "crosscoder": path.parent.name,
+                "cell": path.stem,
+                "alpha": record["alpha"],
+                "features": tuple(record["subset_indices"]),
+                "size": record["subset_size"],
+                "prompt": record["prompt_index"],
+            }
             for name, key in (("clean", "clean"), ("reconstructed", "recon"), ("steered",) * 2):
                 row[name] = float(record[f"{key}_score"]["tool_correctness"])
             rows.append(row)
@@ -163,9 +161,8 @@ def explanations(folder: Path) -> pd.DataFrame:
     """Auto-interpretation: one row per feature, without texts.
 
     Returns:
-        ``source`` (the folder), ``feature``, ``block``, ``dead``, ``explained`` (there is an
-        explanation), ``correct`` of ``total`` detections (-1 where none was scored), ``failed``
-        (an error was recorded, or nothing was scored).
+        ``source`` (the folder), ``feature``, ``block``, ``correct`` of ``total`` detections (-1
+        where none was scored), ``failed`` (an error was recorded, or nothing was scored).
     """
     rows = []
     root = folder / "d247064" / "results"
@@ -179,8 +176,6 @@ def explanations(folder: Path) -> pd.DataFrame:
                 "source": source.as_posix(),
                 "feature": record["feat_idx"],
                 "block": record["partition"],
-                "dead": record["is_dead"],
-                "explained": bool(record["explanation"]),
                 "correct": record["detection_n_correct"],
                 "total": total,
                 "failed": bool(record["error"]) or total < 1,
@@ -189,25 +184,6 @@ def explanations(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def names(folder: Path, layer: int = 13) -> list[str]:
-    """The hub names of the published crosscoders of one layer; at 13 the 48 of the sweep."""
-    listed = _lines(folder, "d247064/models.jsonl")
-    return [one["name"] for one in listed if one["hyperparameters"]["layer"] == layer]
-
-
-def _lines(folder: Path, path: str) -> list[dict[str, Any]]:
-    text = (folder / path).read_text(encoding="utf-8")
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def _design(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    share = settings["model_a_exclusive_pct"]
-    return {
-        "name": name.rpartition("/")[2],
-        "kind": "DFC" if share else "plain",
-        "D": settings["dict_size"],
-        "k": settings["k"],
-        "share": share,
-        "l1": bool(settings["sparsity_coef"]),
-        "penalised": bool(settings["exclusive_sparsity_coef"]),
-    }

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dfc_lib.data.pair import SUMS, load_model, load_tokenizer, sha256
+from dfc_lib.data.pair import SUMS, load_model, load_tokenizer
 from dfc_lib.results import sites, tables
-from dfc_lib.store import write_atomically
+from dfc_lib.store import sha256, write_atomically
 from tools.make_pair import measure, posttrain, pretrain, prose, world
 
 BESIDE_RL = (8, 16, 32, 48, 24)  # the four of these that are shipped beside near threshold and last
