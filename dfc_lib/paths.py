@@ -48,11 +48,14 @@ def build(profile_name: str, *parts: str) -> Path:
     folder = build_root() / profile_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no write permission")
     except OSError as error:
-        raise _unwritable(folder, error.strerror or str(error)) from error
-    if not writable:
-        raise _unwritable(folder, "no write permission")
+        raise BuildFolderError(
+            f"cannot write to the build folder {folder} ({error.strerror or error}). Make it "
+            "writable, or set the environment variable DFC_BUILD to a folder that is: "
+            "DFC_BUILD=~/dfc-build make figures"
+        ) from error
     return folder.joinpath(*parts)
 
 
@@ -60,13 +63,6 @@ def activations(profile_name: str, setting: str = "threshold") -> Path:
     """The folder of the activation caches of a setting; that of ``threshold`` holds the others'."""
     folder = build(profile_name, "activations")
     return folder if setting == "threshold" else folder / setting
-
-
-def _unwritable(folder: Path, why: str) -> BuildFolderError:
-    return BuildFolderError(
-        f"cannot write to the build folder {folder} ({why}). Make it writable, or set the "
-        "environment variable DFC_BUILD to a folder that is: DFC_BUILD=~/dfc-build make figures"
-    )
 
 
 def cores() -> int:

@@ -156,17 +156,15 @@ def get(name: str) -> Profile:
         )
     if path.stem in PROFILES:
         raise ValueError(f"profile file {path}: a profile is called {path.stem}; rename the file")
-    return _profile(path, given, PROFILES, name=path.stem, file=str(path))
+    like = PROFILES[given.pop("like")]
+    return _profile(path, given, like, name=path.stem, file=str(path), published=False)
 
 
-def _profile(path: Path, given: dict, known: Mapping[str, Profile], **fixed: Any) -> Profile:
-    """A profile from what a file says of it: all fields, or "like" and those that differ."""
-    like = known[given["like"]] if "like" in given else None
-    if like:
-        if "model_a" in given or "model_b" in given:  # what is of the other pair has no place here
-            given = {"pair": None, "others": {}} | given
-        given = {name: value for name, value in given.items() if name != "like"}
-        fixed |= {"published": False}
+def _profile(path: Path, given: dict, like: Profile | None, **fixed: Any) -> Profile:
+    """A profile from what a file says of it: all fields, or those that differ from another's."""
+    if like and ("model_a" in given or "model_b" in given):
+        # What is of the other pair has no place here.
+        given = {"pair": None, "others": {}} | given
     possible = {field.name for field in fields(Profile)} - {"file", *fixed}
     if unknown := set(given) - possible:
         raise ValueError(
@@ -216,7 +214,7 @@ def _built_in() -> dict[str, Profile]:
     path = Path(__file__).with_suffix(".toml")
     found: dict[str, Profile] = {}
     for name, given in tomllib.loads(path.read_text(encoding="utf-8")).items():
-        found[name] = _profile(path, given, found, name=name)
+        found[name] = _profile(path, given, found.get(given.pop("like", "")), name=name)
     return found
 
 

@@ -17,6 +17,7 @@ import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from importlib.util import resolve_name
 from pathlib import Path
 
 PACKAGE = "dfc_lib"
@@ -28,10 +29,6 @@ ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_
 # CPython 3.11 counts the depth of what it parses in one place for all threads, and raises
 # SystemError where two parse at once, as trainings side by side do when they name their code.
 _PARSING = threading.Lock()
-
-
-class CodeError(Exception):
-    """A module of the library is not Python; the message names file and line."""
 
 
 def code_text(source: str, *, docstrings: bool = False) -> str:
@@ -78,28 +75,30 @@ class Library:
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
         return found
 
-    def imported(self, source: str, package: str = "") -> set[str]:
+    def imported(self, source: str, package: str = "", file: str | Path = "<cell>") -> set[str]:
         """Modules that ``source`` imports or names in a string, and the packages above them.
 
-        ``package`` is what relative imports start from. A string counts because of
-        ``importlib.import_module("dfc_lib.x")`` and ``python -m dfc_lib.x``.
+        ``package`` is what relative imports start from; ``file`` is named where it is not Python. A
+        string counts because of ``importlib.import_module("dfc_lib.x")`` and ``python -m
+        dfc_lib.x``.
         """
-        tree = ast.parse(source)
+        tree = ast.parse(source, file)
         names = _strings_in(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                up = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
-                base = ".".join([*up, *([node.module] if node.module else [])])
+                base = resolve_name("." * node.level + (node.module or ""), package)
                 names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-        modules: set[str] = set()
-        for steps in (name.split(".") for name in names & set(self.files)):
-            modules |= {".".join(steps[: i + 1]) for i in range(len(steps))}
-        return modules & set(self.files)
+        found = [f"{name}." for name in names & self.files.keys()]
+        return {module for module in self.files if any(n.startswith(f"{module}.") for n in found)}
 
     def closure(self, sources: Iterable[str]) -> list[str]:
-        """Every library module that code with these sources reaches."""
+        """Every library module that code with these sources reaches.
+
+        Raises:
+            SyntaxError: one of them, or such a module, is not Python; names file and line.
+        """
         todo: set[str] = set().union(*(self.imported(source) for source in sources))
         reached: set[str] = set()
         while todo:
@@ -108,10 +107,7 @@ class Library:
             if name not in self._direct:
                 path = self.files[name]
                 package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-                try:
-                    self._direct[name] = self.imported(path.read_text(encoding="utf-8"), package)
-                except SyntaxError as error:
-                    raise CodeError(f"{path}:{error.lineno}: {error.msg}") from error
+                self._direct[name] = self.imported(path.read_text("utf-8"), package, path)
             todo |= self._direct[name] - reached
         return sorted(reached)
 

@@ -75,7 +75,7 @@ def test_the_embedded_pair_has_its_rehearsal(own, name, capsys):
 
 def test_a_device_that_is_not_here_is_replaced_and_named(own, monkeypatch):
     """A rehearsal on a laptop, before a GPU is paid for."""
-    monkeypatch.setattr(rehearse, "_is_here", lambda device: device == "cpu")
+    monkeypatch.setattr("dfc_lib.data.pair.device_is_here", lambda device: device == "cpu")
     profile = profiles.get(own(device="cuda"))
     small = rehearse.write_profile(profile)
     assert (small.device, small.dtype) == ("cpu", "float32")

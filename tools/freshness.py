@@ -31,7 +31,7 @@ from typing import Any
 
 from dfc_lib import paths
 from dfc_lib.profiles import Profile
-from dfc_lib.provenance import CodeError, Library, code_text, digest
+from dfc_lib.provenance import Library, code_text, digest
 from dfc_lib.results.figures import read_manifest
 
 
@@ -242,8 +242,8 @@ class Project:
         pins = lock.read_text(encoding="utf-8").splitlines() if lock.exists() else []
         try:
             names = self.modules.closure(notebook.plain_code)
-        except CodeError as error:
-            raise CompendiumError(str(error)) from error
+        except SyntaxError as error:
+            raise CompendiumError(f"{error.filename}:{error.lineno}: {error.msg}") from error
         return {
             "profile": self.profile.identity,
             "arithmetic": os.environ.get("DFC_ARITHMETIC") or "fixed",

@@ -57,22 +57,17 @@ def write_profile(profile: Profile) -> Profile:
         ValueError: the profile is one that is tiny or embedded already (the message says what to
             run instead).
     """
+    from dfc_lib.data.pair import device_is_here
+
     if profile.pair and paths.ROOT / profile.pair == paths.PAIR:
         raise ValueError(
             f"profile {profile.name} is the embedded pair, whose rehearsal is `make smoke`; name "
             "the profile file of your own pair: make rehearse PROFILE=mine.json"
         )
     path = paths.build("rehearsals") / f"{profile.name}_rehearsal.json"
-    content = settings(profile, None if _is_here(profile.device) else "cpu")
+    content = settings(profile, None if device_is_here(profile.device) else "cpu")
     store.write_atomically(path, json.dumps(content, indent=1) + "\n")
     return profiles.get(str(path))
-
-
-def _is_here(device: str) -> bool:
-    import torch
-
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    return available.get(device.partition(":")[0], lambda: True)()
 
 
 # --------------------------------------------------------------------------------------------------

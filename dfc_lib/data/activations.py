@@ -137,13 +137,9 @@ def cache(
         for i, bounds in enumerate(_shard_bounds(rows, rows_per_shard))
     ]
     _take_over_finished(manifest, out_dir)
-
-    def save_manifest() -> None:
-        write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1))
-
     for name, file in content.items():
         write_atomically(out_dir / name, file)
-    save_manifest()
+    write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1))
     total = len(rows) * len(pair.models)
     with tqdm(total=total, unit=" vectors", disable=not progress, dynamic_ncols=True) as bar:
         for shard in manifest["shards"]:
@@ -154,7 +150,7 @@ def cache(
             h = _vectors(model, pair.layer, tokens, part, batch_size, bar)
             save_tensors({"h": h}, out_dir / shard["file"])
             shard["sha256"] = sha256(out_dir / shard["file"])
-            save_manifest()
+            write_atomically(out_dir / MANIFEST, json.dumps(manifest, indent=1))
     return Activations.open(out_dir)
 
 
@@ -351,12 +347,10 @@ class Activations:
 
     def where(self, **conditions: Any) -> Int[Tensor, " row"]:
         """Indices of the rows whose columns equal the given values: ``where(split="ranking")``."""
-        keep = np.ones(self.n, dtype=bool)
-        for column, value in conditions.items():
-            if column not in self.rows:
-                raise ValueError(f"no column {column!r}; there are {', '.join(self.rows.columns)}.")
-            keep &= (self.rows[column] == value).to_numpy()
-        return torch.from_numpy(np.flatnonzero(keep))
+        if unknown := conditions.keys() - self.rows:
+            raise ValueError(f"no column {unknown.pop()!r}; there are {', '.join(self.rows)}.")
+        same = self.rows[list(conditions)] == pd.Series(conditions)
+        return torch.from_numpy(np.flatnonzero(same.all(axis=1)))
 
     def gather(
         self, indices: Int[Tensor, " row"] | Sequence[int]

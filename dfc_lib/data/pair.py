@@ -82,7 +82,7 @@ def _unreadable(path: Path) -> str:
 def load_model(
     name_or_directory: str | Path,
     dtype: torch.dtype | str = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """A causal language model from a local folder or the Hugging Face hub, frozen, in eval mode.
 
@@ -160,24 +160,24 @@ def by_hand(name: str, error: Exception, options: str = "") -> str:
 
 
 def _need_weights(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise PairError(
-            f"{folder / 'config.json'}: missing. A model folder holds config.json and "
-            f"*.safetensors. {_REMEDY}"
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise PairError(
-            f"{folder}: no *.safetensors file. Only safetensors weights are loaded (a pickled "
-            "checkpoint can run code); convert it with `save_pretrained`."
+            f"{folder}: no config.json or no *.safetensors in it. Only safetensors weights are "
+            "loaded (a pickled checkpoint can run code): convert it with `save_pretrained`. "
+            f"{_REMEDY}"
         )
 
 
-def _need_device(device: str | torch.device) -> None:
-    kind = torch.device(device).type
+def device_is_here(device: str) -> bool:
+    """Whether torch finds such a device on this machine."""
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not available.get(kind, lambda: True)():
+    return available.get(torch.device(device).type, lambda: True)()
+
+
+def _need_device(device: str) -> None:
+    if not device_is_here(device):
         raise PairError(
-            f"device {kind!r}: torch {torch.__version__} finds none here. Take a machine with one "
+            f"device {device!r}: torch {torch.__version__} finds none here. Take a machine with one "
             "and a build of torch for it (`make setup TORCH_INDEX=...`, see the README), or run on "
             'the CPU: a profile file with "device": "cpu".'
         )
@@ -189,10 +189,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "t allocate memory" in str(error)
 
 
-def _explain(source: Path | str, error: Exception, device: str | torch.device = "") -> PairError:
+def _explain(source: Path | str, error: Exception, device: str = "") -> PairError:
     if _is_out_of_memory(error):
         return PairError(
-            f"{source}: does not fit into the memory of {str(device) or 'this machine'} ({error}). "
+            f"{source}: does not fit into the memory of {device or 'this machine'} ({error}). "
             "`python -m tools.budget --profile NAME` lists what a profile needs. Free the device "
             'of other programs, or load in "bfloat16".'
         )
@@ -258,7 +258,7 @@ def load_pair(
     sources: Mapping[str, str | Path],
     layer: int,
     dtype: torch.dtype | str = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
 ) -> Pair:
     """Load ``{"A": folder or hub name, "B": ...}``, and the tokenizer of the first one."""
     models = {name: load_model(source, dtype, device) for name, source in sources.items()}
