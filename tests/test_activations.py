@@ -58,10 +58,11 @@ def test_residual_equals_hidden_states_bitwise_and_stops(pair):
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
-def test_cache_equals_plain_forward(pair, texts, positions, tmp_path):
+def test_cache_equals_plain_forward(pair, texts, positions, tmp_path, monkeypatch):
     """Bucketing, padding, sharding: each row must be its own text's vector at its position."""
     meta = {"split": ["x" if i % 2 else "y" for i in range(len(texts))], "label": range(37)}
-    got = cache(pair, texts, tmp_path, positions, 5, meta=meta, rows_per_shard=40, progress=False)
+    monkeypatch.setattr(acts, "_ROWS_PER_SHARD", 40)
+    got = cache(pair, texts, tmp_path, positions, 5, meta=meta, progress=False)
     want = torch.cat([reference(pair, text, positions) for text in texts])
     assert got.n == len(want)
     torch.testing.assert_close(got.to_tensor(), want, rtol=1e-4, atol=1e-5)
@@ -126,9 +127,10 @@ def test_other_code_makes_the_vectors_anew(pair, texts, tmp_path, monkeypatch):
     assert fewer.key == cache(pair, texts[1:], tmp_path / "apart", progress=False).key
 
 
-def test_damaged_shards_are_named_and_redone(pair, texts, tmp_path):
+def test_damaged_shards_are_named_and_redone(pair, texts, tmp_path, monkeypatch):
     """Truncated or flipped: opening must refuse with the file's name; caching again must repair."""
-    want = cache(pair, texts, tmp_path, rows_per_shard=10, progress=False).to_tensor()
+    monkeypatch.setattr(acts, "_ROWS_PER_SHARD", 10)
+    want = cache(pair, texts, tmp_path, progress=False).to_tensor()
     shard = tmp_path / "B-00002.safetensors"
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-7])
@@ -144,9 +146,7 @@ def test_damaged_shards_are_named_and_redone(pair, texts, tmp_path):
         Activations.open(tmp_path)
     (tmp_path / "rows.parquet").write_bytes(b"x")
     before = (tmp_path / "A-00000.safetensors").stat().st_mtime_ns
-    assert torch.equal(
-        cache(pair, texts, tmp_path, rows_per_shard=10, progress=False).to_tensor(), want
-    )
+    assert torch.equal(cache(pair, texts, tmp_path, progress=False).to_tensor(), want)
     assert (tmp_path / "A-00000.safetensors").stat().st_mtime_ns == before
     with pytest.raises(CacheError, match=r"manifest.json: missing"):
         Activations.open(tmp_path / "nowhere")
@@ -166,7 +166,8 @@ def test_killed_run_resumes(tmp_path):
         pair = Pair({"A": qwen(0), "B": qwen(1)}, None, 1)
         plain, pause = activations.residual, float(sys.argv[2])
         activations.residual = lambda *a: (time.sleep(pause), plain(*a))[1]
-        activations.cache(pair, texts, sys.argv[1], "all", 5, rows_per_shard=100, progress=False)
+        activations._ROWS_PER_SHARD = 100
+        activations.cache(pair, texts, sys.argv[1], "all", 5, progress=False)
         """
     )
     root = Path(__file__).parents[1]

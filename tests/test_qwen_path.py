@@ -194,8 +194,8 @@ def test_openers_of_several_tokens(profile):
     assert len(tokenizer("<think>", add_special_tokens=False)["input_ids"]) > 1
 
 
-def test_all_layers_in_one_pass(profile):
-    """One pass instead of 36 for the divergence over layers, and the same bits."""
+def test_all_layers_at_once(profile):
+    """Two passes instead of 36 for the divergence over layers, and the same bits."""
     model = the_pair(profile).models["A"]
     ids = torch.arange(3, 40)[None]
     found = activations.last_token_by_layer(model, ids)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from dfc_lib.store import damage, key, save_tensors, sha256, write_atomically
 
 MANIFEST, ROWS, TOKENS = "manifest.json", "rows.parquet", "tokens.safetensors"
 _SAMPLE = 32  # rows that linting recomputes
+_ROWS_PER_SHARD = 65_536
 
 
 class CacheError(RuntimeError):
@@ -52,17 +53,10 @@ class _SiteReached(Exception):
 def last_token_by_layer(
     model: nn.Module, ids: Int[Tensor, "sequence token"]
 ) -> Float[Tensor, "layer sequence d_model"]:
-    """Residual stream at the last position after every block, in one pass, the model's dtype."""
-    found: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        found.append((output[0] if isinstance(output, tuple) else output)[:, -1])
-
-    with ExitStack() as hooks:
-        for block in model.model.layers:
-            hooks.enter_context(block.register_forward_hook(keep))
-        model.model(input_ids=ids, use_cache=False)
-    return torch.stack(found)
+    """Residual stream at the last position after every block, the model's dtype."""
+    out = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    below = out.hidden_states[1:-1]  # the last entry is normalised
+    return torch.stack([h[:, -1] for h in (*below, residual(model, len(below), ids))])
 
 
 @torch.no_grad()
@@ -100,7 +94,6 @@ def cache(
     batch_size: int = 32,
     meta: pd.DataFrame | Mapping[str, Sequence[Any]] | None = None,
     *,
-    rows_per_shard: int = 65_536,
     progress: bool = True,
 ) -> Activations:
     """Cache the residual at ``pair.layer`` of every model on every sequence, and open the result.
@@ -134,7 +127,7 @@ def cache(
     manifest["shards"] = [
         {"file": f"{name}-{i:05d}.safetensors", "model": name, "rows": bounds, "sha256": None}
         for name in pair.models
-        for i, bounds in enumerate(_shard_bounds(rows, rows_per_shard))
+        for i, bounds in enumerate(_shard_bounds(rows))
     ]
     _take_over_finished(manifest, out_dir)
     for name, file in content.items():
@@ -212,12 +205,12 @@ def _row_table(tokens: Tokens, positions: str, meta: Any) -> pd.DataFrame:
     return table.join(meta.iloc[sequence].reset_index(drop=True))  # no column may be there already
 
 
-def _shard_bounds(rows: pd.DataFrame, per_shard: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about ``per_shard`` rows that split no sequence."""
+def _shard_bounds(rows: pd.DataFrame) -> Iterator[tuple[int, int]]:
+    """Row ranges of about ``_ROWS_PER_SHARD`` rows that split no sequence."""
     start, ends = 0, np.bincount(rows["sequence"]).cumsum()
     while start < len(rows):
         ahead = ends[ends > start]
-        stop = int(ahead[ahead <= start + per_shard].max(initial=ahead[0]))
+        stop = int(ahead[ahead <= start + _ROWS_PER_SHARD].max(initial=ahead[0]))
         yield start, stop
         start = stop
 
@@ -267,10 +260,10 @@ def _take_over_finished(manifest: dict, out_dir: Path) -> None:
             f"{out_dir}: holds another cache (it differs in {', '.join(different)}). Give another "
             "folder, or delete this one."
         )
-    finished = {(s["file"], *s["rows"]): s["sha256"] for s in earlier["shards"] if s["sha256"]}
+    finished = {shard["file"]: shard["sha256"] for shard in earlier["shards"]}
     for shard in manifest["shards"]:
-        digest, path = finished.get((shard["file"], *shard["rows"])), out_dir / shard["file"]
-        if digest and not damage(path, digest):
+        digest = finished[shard["file"]]
+        if digest and not damage(out_dir / shard["file"], digest):
             shard["sha256"] = digest
 
 

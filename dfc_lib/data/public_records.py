@@ -10,7 +10,8 @@ import json
 import os
 import tempfile
 import zipfile
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -41,11 +42,10 @@ def fetch() -> Path:
     files = pd.read_csv(MANIFEST)
     named = os.environ.get("DFC_PUBLIC_RECORDS")
     place = Path(named or paths.DOWNLOADS / "public_records").expanduser().resolve()
-    if not named:
-        for commit, group in files.groupby("commit", sort=False):
-            wanted = [PurePosixPath(path) for path in group.path]
-            if not all((place / commit[:7] / path).is_file() for path in wanted):
-                _download(commit, wanted, place)
+    for commit, group in files.groupby("commit", sort=False):
+        here = all((place / commit[:7] / path).is_file() for path in group.path)
+        if not here and not named:
+            _download(commit, group.path, place)
     for file in files.itertuples():
         path = place / file.commit[:7] / file.path
         if why := store.damage(path, file.sha256):
@@ -54,7 +54,7 @@ def fetch() -> Path:
     return place
 
 
-def _download(commit: str, wanted: list[PurePosixPath], place: Path) -> None:
+def _download(commit: str, wanted: Iterable[str], place: Path) -> None:
     """Take one commit's files out of its archive on GitHub."""
     import pooch
 

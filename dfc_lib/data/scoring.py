@@ -112,14 +112,13 @@ def lenient(response: str, tool_names: Sequence[str]) -> Lenient:
     if isinstance(tool_names, str):
         raise TypeError(f"tool_names is the string {tool_names!r}; pass a list of names")
     name = _JSON_NAME.search(response)
-    format_ok = name is not None and _OPEN in response.lower()
-    tool_ok = False
-    if name is not None:
-        called = name.group(1).lower()
-        listed = [tool.strip().lower() for tool in tool_names]
-        # An empty listed name lies inside every name; it is no tool.
-        tool_ok = any(tool and (tool in called or called in tool) for tool in listed)
-    return Lenient(int(format_ok), int(tool_ok))
+    if name is None:
+        return Lenient(0, 0)
+    called = name.group(1).lower()
+    listed = [tool.strip().lower() for tool in tool_names]
+    # An empty listed name lies inside every name; it is no tool.
+    tool_ok = any(tool and (tool in called or called in tool) for tool in listed)
+    return Lenient(int(_OPEN in response.lower()), int(tool_ok))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,12 +182,10 @@ def _equal(wanted: Any, made: Any, normalised: bool) -> bool:
 
 
 def _plain(text: str) -> str:
-    kept = (
-        c
-        for c in text.casefold()
-        if not (c.isspace() or c == "^" or unicodedata.category(c).startswith("P"))
-    )
-    return "".join(kept) or text
+    def forgiven(c: str) -> bool:
+        return c.isspace() or c == "^" or unicodedata.category(c).startswith("P")
+
+    return "".join(c for c in text.casefold() if not forgiven(c)) or text
 
 
 # ---------------------------------------------------------------------------------------------
