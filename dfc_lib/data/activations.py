@@ -299,8 +299,7 @@ class Activations:
     positions: str
     rows: pd.DataFrame
     tokens: Tokens
-    _shards: tuple[tuple[Tensor, ...], ...]  # [model][shard], memory-mapped
-    _starts: tuple[int, ...]  # first row of each shard
+    _shards: list[list[Tensor]]  # [model][shard], memory-mapped
 
     @staticmethod
     def open(directory: str | Path) -> Activations:
@@ -321,16 +320,16 @@ class Activations:
                 raise CacheError(f"{directory / name}: {why}. {redo}")
         rows, arrays = pd.read_parquet(directory / ROWS), load_file(directory / TOKENS)
         tokens = Tokens(arrays["ids"].numpy(), arrays["offsets"].numpy())
-        names, shards = tuple(manifest["models"]), pd.DataFrame(manifest["shards"])
-        files = [shards.file[shards.model == name] for name in names]
+        shards: dict[str, list[Tensor]] = {name: [] for name in manifest["models"]}
+        for shard in manifest["shards"]:
+            shards[shard["model"]].append(load_file(directory / shard["file"])["h"])
         return Activations(
             directory,
-            names=names,
+            names=tuple(shards),
             rows=rows,
             tokens=tokens,
             **{name: manifest[name] for name in ("key", "layer", "d_model", "positions")},
-            _shards=tuple(tuple(load_file(directory / f)["h"] for f in part) for part in files),
-            _starts=tuple(start for start, _ in shards.rows[shards.model == names[0]]),
+            _shards=list(shards.values()),
         )
 
     @property
@@ -353,7 +352,7 @@ class Activations:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.n:
             raise IndexError(f"indices must lie in 0..{self.n - 1}.")
         out = torch.empty(len(indices), len(self.names), self.d_model)
-        starts = torch.tensor(self._starts)
+        starts = torch.tensor([0, *map(len, self._shards[0])]).cumsum(0)
         shard = torch.searchsorted(starts, indices, right=True) - 1
         for s in shard.unique().tolist():
             here = (shard == s).nonzero()[:, 0]
