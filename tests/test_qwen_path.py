@@ -279,7 +279,7 @@ def test_out_of_memory_in_caching(profile, tmp_path, monkeypatch):
 
 def test_missing_files_are_named(folder, profile, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name, message in {"empty": "config.json: missing", "x": "no such model folder"}.items():
+    for name, message in {"empty": "no config.json", "x": "no such model folder"}.items():
         with pytest.raises(PairError, match=message):
             load_model(tmp_path / name)
 
