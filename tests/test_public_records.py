@@ -71,6 +71,10 @@ def stand_in() -> dict[tuple[str, str], str]:
         (GRIDS, "data/rankings/dfc-a.csv"): "rank,feature_idx\n0,136\n",
         (GRIDS, "results/autointerp/toolrl/0000000/feat_7.json"): json.dumps(feature),
         (GRIDS, "results/autointerp_local/dfc-a/feat_8.json"): json.dumps(silent),
+        (GRIDS, "models.jsonl"): "\n".join(
+            json.dumps({"name": name, "hyperparameters": {"layer": layer}})
+            for name, layer in (("antebe1/dfc-a", 13), ("sbhokare/dfc-a-l20", 20))
+        ),
         (GRIDS, "results/clusters/aexcl_assignments.csv"): "feature_idx,cluster_id\n0,1\n",
     }
 
@@ -204,6 +208,11 @@ def test_the_shipped_manifest_names_whole_checksums():
     assert files.commit.nunique() == 2
     assert files.sha256.str.fullmatch("[0-9a-f]{64}").all()
     assert not files.duplicated(["commit", "path"]).any()
+
+
+def test_published_crosscoders_are_named_by_layer(folder):
+    assert public_records.names(folder) == ["antebe1/dfc-a"]
+    assert public_records.names(folder, layer=20) == ["sbhokare/dfc-a-l20"]
 
 
 def test_figures_repeat_no_prompt():

@@ -184,6 +184,12 @@ def explanations(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def names(folder: Path, layer: int = 13) -> list[str]:
+    """The hub names of the published crosscoders of one layer; at 13 the 48 of the sweep."""
+    listed = _lines(folder / "d247064/models.jsonl")
+    return [one["name"] for one in listed if one["hyperparameters"]["layer"] == layer]
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line.strip()]
