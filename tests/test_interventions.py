@@ -213,10 +213,6 @@ def test_covariance_matched_directions_follow_the_covariance(codec):
         draws = iv.random_directions(like, 400, D_MODEL, covariance=covariance)
         share = torch.stack([d.direction**2 for d in draws]).mean(0)
         assert low < share[-1] < high  # of the squared length, along the dominant axis
-    with pytest.raises(ValueError, match="shape"):
-        iv.random_directions(like, 1, D_MODEL, covariance=torch.eye(3))
-    with pytest.raises(ValueError, match="positive"):
-        iv.random_directions(like, 1, D_MODEL, covariance=-torch.eye(D_MODEL))
 
 
 def test_random_features_are_active_in_the_block_and_matched(codec, h):

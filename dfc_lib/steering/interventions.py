@@ -29,9 +29,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
-import json
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
@@ -41,12 +39,16 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from dfc_lib import store
 from dfc_lib.crosscoder import kernels
-from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.model import Code, Crosscoder
+from dfc_lib.crosscoder.partition import Raw
 from dfc_lib.data.pair import fingerprint
 from dfc_lib.provenance import code_text
+
+Own = Float[Tensor, "batch d_model"]  # raw activations of the target alone
 
 # ---------------------------------------------------------------------------------------------
 # how a crosscoder is applied
@@ -101,21 +103,15 @@ class Codec:
         fill = means.mean if self.fill is None and not means.is_identity else self.fill
         return {"streams": [target], "fill": fill}
 
-    def encode(
-        self, h: Float[Tensor, "batch model d_model"], target: int
-    ) -> Float[Tensor, "batch d_dict"]:
+    def encode(self, h: Raw, target: int) -> Code:
         """The code f of raw activations."""
         return self.used.encode(h, **self._streams(target))
 
-    def preactivations(
-        self, h: Float[Tensor, "batch model d_model"], target: int
-    ) -> Float[Tensor, "batch d_dict"]:
+    def preactivations(self, h: Raw, target: int) -> Code:
         """What top-k selects from."""
         return self.used.preactivations(h, **self._streams(target))
 
-    def select(
-        self, preactivations: Float[Tensor, "batch d_dict"]
-    ) -> Float[Tensor, "batch d_dict"]:
+    def select(self, preactivations: Code) -> Code:
         """The code that these pre-activations give: ReLU and top-k (or BatchTopK's threshold)."""
         if self.used.cfg.batchtopk:
             pattern = kernels.above(preactivations, float(self.used.threshold))
@@ -123,9 +119,7 @@ class Codec:
             pattern = kernels.top_k(preactivations, self.used.cfg.k)
         return pattern.dense(preactivations[pattern.sample, pattern.feature].relu())
 
-    def decode(
-        self, f: Float[Tensor, "batch d_dict"], target: int, blocks: Sequence[str] | None = None
-    ) -> Float[Tensor, "batch d_model"]:
+    def decode(self, f: Code, target: int, blocks: Sequence[str] | None = None) -> Own:
         """The target's reconstruction, raw units; ``blocks`` restricts the features that count."""
         return self.used.decode(f, blocks)[:, target]
 
@@ -153,16 +147,16 @@ class Site:
     Codes are kept, so a grid over one crosscoder encodes once.
     """
 
-    h: Float[Tensor, "batch model d_model"]
+    h: Raw
     target: int
     _codes: dict[Codec, Tensor] = field(default_factory=dict, repr=False)
 
     @property
-    def own(self) -> Float[Tensor, "batch d_model"]:
+    def own(self) -> Own:
         """The target's own activations."""
         return self.h[:, self.target]
 
-    def code(self, codec: Codec) -> Float[Tensor, "batch d_dict"]:
+    def code(self, codec: Codec) -> Code:
         if codec not in self._codes:
             self._codes[codec] = codec.encode(self.h, self.target)
         return self._codes[codec]
@@ -173,19 +167,19 @@ class Intervention:
 
     reads_others: bool = True
 
-    def new(self, site: Site) -> Float[Tensor, "batch d_model"]:
+    def new(self, site: Site) -> Own:
         """New raw activations of the target."""
         return site.own + self.delta(site)
 
-    def delta(self, site: Site) -> Float[Tensor, "batch d_model"]:
+    def delta(self, site: Site) -> Own:
         """What is added to the target's activations."""
         return self.new(site) - site.own
 
 
 @torch.no_grad()
 def apply(
-    intervention: Intervention, h: Float[Tensor, "batch model d_model"] | Site, target: int = 0
-) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
+    intervention: Intervention, h: Raw | Site, target: int = 0
+) -> tuple[Own, Float[Tensor, " batch"]]:
     """New activations of model ``target`` (an index), float32, and ||delta|| / ||h|| per row.
 
     Raises ``ValueError`` where ``h`` does not have the shape (batch, model, d_model).
@@ -348,8 +342,7 @@ def random_directions(
 ) -> list[RandomDirection]:
     """``n`` norm-matched controls for ``like``: isotropic, or with the activations' covariance.
 
-    Draw i is the same whatever ``n`` is. Raises ``ValueError`` where ``covariance`` has another
-    shape or is not positive semi-definite.
+    Draw i is the same whatever ``n`` is.
     """
     generator = torch.Generator().manual_seed(seed)
     # One call per draw: torch fills small and large tensors from one seed differently.
@@ -357,13 +350,9 @@ def random_directions(
     z = torch.stack(rows)
     if covariance is not None:
         c = covariance.double().cpu()
-        if c.shape != (d_model, d_model):
-            raise ValueError(f"covariance has shape {tuple(c.shape)}, d_model is {d_model}.")
         # Not Cholesky: a covariance from fewer vectors than dimensions is singular, and rounding in
         # float32 makes some of its zero eigenvalues slightly negative.
         values, vectors = torch.linalg.eigh((c + c.T) / 2)
-        if values[0] < -1e-5 * values[-1].abs() or values[-1] <= 0:
-            raise ValueError("covariance is not positive semi-definite.")
         # The symmetric root is unique, whatever signs and order the eigenvectors come in.
         z = z @ (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     return [RandomDirection(like, (u / u.norm()).float()) for u in z]
@@ -431,25 +420,21 @@ def key(value: Any, _seen: dict[int, str] | None = None) -> str:
     A kind that is defined elsewhere, in a notebook say, counts by its source code (comments and
     docstrings left out); functions and globals that this uses do not count.
     """
-    seen = {} if _seen is None else _seen
-    return hashlib.sha256(_content(value, seen).encode()).hexdigest()[:16]
+    return store.key(_content(value, {} if _seen is None else _seen))
 
 
 def _content(value: Any, seen: dict[int, str]) -> str:
-    if isinstance(value, nn.Module):
+    if isinstance(value, Crosscoder):
         if id(value) not in seen:
             # k and the like decide the code and are no weights.
-            config = value.cfg.to_dict() if hasattr(value, "cfg") else {}
-            settings = {k: v for k, v in config.items() if k not in ("device", "metadata")}
-            text = json.dumps(settings, sort_keys=True, default=str)
-            seen[id(value)] = f"{fingerprint(value)}{text}"
+            config = value.cfg.to_dict().items()
+            settings = {k: v for k, v in config if k not in ("device", "metadata")}
+            seen[id(value)] = store.key(fingerprint(value), settings)
         return seen[id(value)]
     if isinstance(value, Tensor):
-        digest = hashlib.sha256(value.detach().cpu().double().contiguous().numpy().tobytes())
-        return f"{tuple(value.shape)}{digest.hexdigest()}"
+        return repr(value.tolist())  # every digit, which its own repr leaves out
     if isinstance(value, Intervention | Codec):
-        is_dataclass = dataclasses.is_dataclass(value)
-        names = [f.name for f in dataclasses.fields(value)] if is_dataclass else sorted(vars(value))
+        names = [f.name for f in dataclasses.fields(value)]
         fields = ",".join(f"{name}={_content(getattr(value, name), seen)}" for name in names)
         elsewhere = [kind for kind in type(value).__mro__[:-1] if kind.__module__ != __name__]
         return f"{type(value).__name__}({fields}){''.join(map(_source, elsewhere))}"
@@ -459,20 +444,13 @@ def _content(value: Any, seen: dict[int, str]) -> str:
 
 
 def _source(kind: type) -> str:
-    """A class's code; in Jupyter, where only functions know theirs, that of its members."""
-    try:
-        return _code(kind)
-    except (OSError, TypeError):
-        texts = []
-        for name, value in vars(kind).items():
-            value = getattr(value, "fget", value)  # of a property
-            if inspect.isfunction(value):
-                with suppress(OSError):  # dataclass writes methods that have no source
-                    texts.append(_code(value))
-            elif isinstance(value, bool | int | float | str) and not name.startswith("__"):
-                texts.append(f"{name}={value!r}")
-        return "".join(texts)
-
-
-def _code(thing: Any) -> str:
-    return code_text(textwrap.dedent(inspect.getsource(thing)))
+    """The code of a class's members: in Jupyter a class does not know its own."""
+    texts = []
+    for name, value in vars(kind).items():
+        value = getattr(value, "fget", value)  # of a property
+        if inspect.isfunction(value):
+            with suppress(OSError):  # dataclass writes methods that have no source
+                texts.append(code_text(textwrap.dedent(inspect.getsource(value))))
+        elif not name.startswith("__"):
+            texts.append(f"{name}={value!r}")
+    return "".join(texts)
