@@ -10,8 +10,6 @@ from transformers import DynamicCache
 from dfc_lib.data.activations import residual
 from dfc_lib.data.pair import Pair
 from dfc_lib.steering.interventions import Intervention, apply
-from dfc_lib.steering.prefix import Position
-from dfc_lib.steering.sampling import ends_of
 
 
 @torch.no_grad()
@@ -21,9 +19,9 @@ def generate_reference(
     prompt: Sequence[int],
     intervention: Intervention,
     *,
-    position: Position = "last",
+    position: str = "last",
     max_new_tokens: int = 128,
-    eos: int | Sequence[int] | None = None,
+    eos: Sequence[int] = (),
     hidden: Float[Tensor, "token model d_model"] | None = None,
 ) -> tuple[list[int], Float[Tensor, " vocab"]]:
     """One prompt, one intervention, one token at a time: what ``generation.generate`` must equal.
@@ -35,7 +33,7 @@ def generate_reference(
     """
     t, models = pair.index(target), list(pair.models.values())
     model, device = models[t], next(models[t].parameters()).device
-    ends, past = ends_of(model, eos), DynamicCache(config=model.config)
+    past = DynamicCache(config=model.config)
     text, tokens, first = list(prompt), [], None
 
     def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ def generate_reference(
             if position == "last":
                 handle.remove()
             token = int(logits.argmax())
-            if token in ends:
+            if token in eos:
                 break
             tokens.append(token)
             text.append(token)

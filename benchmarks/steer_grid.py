@@ -104,6 +104,7 @@ def run_engine(pair: Pair, ids: list[list[int]], grid: dict, length: int, batch:
         grid,
         max_new_tokens=length,
         batch_size=batch,
+        eos=evaluation.end_tokens(pair.models["A"], pair.tokenizer),
         readout=evaluation.opener_ids(pair.tokenizer),
         progress=False,
     )
@@ -111,7 +112,9 @@ def run_engine(pair: Pair, ids: list[list[int]], grid: dict, length: int, batch:
 
 
 def _one(pair: Pair, prompt: list[int], cell, length: int, hidden: torch.Tensor) -> list[int]:
-    return generate_reference(pair, "A", prompt, cell, max_new_tokens=length, hidden=hidden)[0]
+    eos = evaluation.end_tokens(pair.models["A"], pair.tokenizer)
+    args = pair, "A", prompt, cell
+    return generate_reference(*args, max_new_tokens=length, eos=eos, hidden=hidden)[0]
 
 
 def run_fair(pair: Pair, ids: list[list[int]], grid: dict, length: int, some: list[int]) -> Tokens:

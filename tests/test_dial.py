@@ -137,6 +137,7 @@ def expected(study, texts, cells, target):
         cells,
         max_new_tokens=PROFILE.max_new_tokens,
         eos=evaluation.end_tokens(model, study.pair.tokenizer),
+        readout=evaluation.opener_ids(study.pair.tokenizer),
         progress=False,
     )
     tokens = {(row.prompt, row.cell): list(row.tokens) for row in frame.itertuples()}

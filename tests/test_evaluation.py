@@ -28,9 +28,9 @@ def test_margin_does_not_overflow():
 def test_score_of_gold_and_of_a_hedge():
     record = next(r for r in world.draw_records("selection", 20, seed=0) if r.kind == "call")
     gold = evaluation.score(record, record.gold)
-    assert (gold["lenient"], gold["strict"], gold["reward"]) == (1, 1, 4)
+    assert (gold["lenient"], gold["strict"], gold["format"]) == (1, 1, 1)
     hedge = evaluation.score(record, "I cannot do that.")
-    assert (hedge["lenient"], hedge["called"], hedge["reward"]) == (0, 0, -3)
+    assert (hedge["lenient"], hedge["called"], hedge["format"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("shift", [-60.0, -3.0, 0.0, 5.0, 25.0])

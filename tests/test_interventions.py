@@ -365,6 +365,4 @@ def test_bad_arguments_are_named(crosscoder, h):
     with pytest.raises(ValueError, match="encoding='base'"):
         Codec(crosscoder, encoding="base")
     with pytest.raises(ValueError, match=r"\(40, 6\)"):
-        apply(iv.Clean(), h[:, 0], 0)
-    with pytest.raises(ValueError, match="target=2"):
-        apply(iv.Clean(), h, 2)
+        apply(iv.Reconstruction(Codec(crosscoder)), h[:, 0])

@@ -170,7 +170,7 @@ def test_from_two_models_to_a_grid(profile):
         both.models["A"], both.tokenizer, records, prompts.FIXED_STYLE, **limits
     )
     assert plain.margin.tolist() == pytest.approx(clean.tolist(), abs=0.2)
-    assert got[["lenient", "strict", "reward"]].notna().all(axis=None)
+    assert got[["lenient", "strict", "format"]].notna().all(axis=None)
 
 
 def test_an_answer_ends_where_the_chat_template_closes_the_turn(profile):

@@ -24,7 +24,7 @@ def records(study):
 def scanned(study, records):
     models = study.pair.models
     named = {"tuned": models["A"]}
-    options = {"styles": [STYLE], "layers": [1, 3], "batch_size": 4, "progress": False}
+    options = {"styles": [STYLE], "layers": [1, 3], "batch_size": 4}
     return scan(named, models["B"], study.pair.tokenizer, records, **options)
 
 

@@ -24,6 +24,7 @@ from dfc_lib.steering import generation, sampling
 from dfc_lib.steering.interventions import Intervention
 
 OPENERS = ("<think>", "<tool_call>", '{"')
+OF_RECORD = ("id", "kind", "domain", "held_out")  # what `evaluate` says of a prompt
 
 
 def opener_ids(tokenizer) -> list[int]:
@@ -62,18 +63,22 @@ def margin_of(opener_logprobs: Float[Tensor, "*rows opener"]) -> Float[Tensor, "
 
 
 def score(record: Record, response: str) -> dict[str, float]:
-    """All rubrics of one response, as 0/1 numbers (`reward` in [-3, 4])."""
+    """Rubrics of one response, as 0/1 numbers."""
     lenient = scoring.lenient(response, record.tool_names)
     strict = scoring.strict(response, record.gold)
-    reward = scoring.toolrl_reward(response, record.gold)
     return {
         "format": lenient.format_accuracy,
         "lenient": lenient.tool_correctness,
         "called": float(strict.called),
         "strict": float(strict.correct),
         "strict_normalised": float(strict.correct_normalised),
-        "reward": sum(reward),
     }
+
+
+def _outcomes(record: Record, response: str, margin: float) -> dict[str, Any]:
+    """What a response is judged by: the columns that every frame of this module ends with."""
+    found = {"response": response, "margin": margin, "propensity": expit(margin)}
+    return found | score(record, response)
 
 
 def evaluate(
@@ -93,8 +98,7 @@ def evaluate(
     otherwise.
 
     Returns:
-        columns id, kind, domain, tool, held_out, response, margin, propensity, and those of
-        `score`.
+        columns id, kind, domain, held_out, response, margin, propensity, and those of `score`.
     """
     if published:
         texts = [prompts.published_text(r, style) for r in records]
@@ -105,20 +109,8 @@ def evaluate(
     margins = margin(logits, opener_ids(tokenizer)).tolist()
     rows = []
     for record, tokens, m in zip(records, sampled, margins, strict=True):
-        response = prefill + tokenizer.decode(tokens)
-        rows.append(
-            {
-                "id": record.id,
-                "kind": record.kind,
-                "domain": record.domain,
-                "tool": record.tool,
-                "held_out": record.held_out,
-                "response": response,
-                "margin": m,
-                "propensity": expit(m),
-            }
-            | score(record, response)
-        )
+        of_record = {name: getattr(record, name) for name in OF_RECORD}
+        rows.append(of_record | _outcomes(record, prefill + tokenizer.decode(tokens), m))
     return pd.DataFrame(rows)
 
 
@@ -130,7 +122,6 @@ def intervene(
     *,
     levels: Sequence[str] = ("cell",),
     style: str = prompts.FIXED_STYLE,
-    prefill: str = "",
     **options: Any,
 ) -> pd.DataFrame:
     """Greedy behaviour of model `target` on records under every intervention.
@@ -151,15 +142,14 @@ def intervene(
     """
     if not records:
         raise ValueError("records is empty; there is nothing to generate")
-    columns = ["prompt", *levels, "delta", "response", "margin", "propensity"]
-    columns += score(records[0], "")
+    columns = ["prompt", *levels, "delta", *_outcomes(records[0], "", 0.0)]
     if twice := sorted({column for column in columns if columns.count(column) > 1}):
         raise ValueError(f"levels {tuple(levels)}: there would be two columns {', '.join(twice)}")
     named = {name: name if isinstance(name, tuple) else (name,) for name in interventions}
     for name in named.values():
         if len(name) > len(levels):
             raise ValueError(f"cell {name} has more values than the levels {tuple(levels)}")
-    texts = [prompts.chat_text(pair.tokenizer, r, style, prefill) for r in records]
+    texts = [prompts.chat_text(pair.tokenizer, r, style) for r in records]
     generated = generation.generate(
         pair,
         target,
@@ -172,11 +162,7 @@ def intervene(
     margins = margin_of(torch.from_numpy(np.stack(generated.first_logprobs)))
     rows = []
     for row, m in zip(generated.itertuples(), margins.tolist(), strict=True):
-        response = prefill + pair.tokenizer.decode(row.tokens)
-        rows.append(
-            {"prompt": row.prompt}
-            | dict(zip_longest(levels, named[row.cell]))
-            | {"delta": row.delta, "response": response, "margin": m, "propensity": expit(m)}
-            | score(records[row.prompt], response)
-        )
+        cell = dict(zip_longest(levels, named[row.cell]))
+        outcomes = _outcomes(records[row.prompt], pair.tokenizer.decode(row.tokens), m)
+        rows.append({"prompt": row.prompt} | cell | {"delta": row.delta} | outcomes)
     return pd.DataFrame(rows)

@@ -19,28 +19,19 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from dfc_lib import provenance, store
 from dfc_lib.data.pair import Pair, fingerprint, in_chunks
+from dfc_lib.steering import prefix
 from dfc_lib.steering.interventions import Intervention, Site, apply, apply_where, key
-from dfc_lib.steering.prefix import (
-    POSITIONS,
-    KeysValues,
-    Position,
-    Prefix,
-    PrefixCache,
-    Read,
-    Stream,
-    acted_on,
-    keys_values,
-    longest_first,
-    padded,
-    read,
-    shared_prefix_attention,
-    to_site,
-)
-from dfc_lib.steering.sampling import Rows, ends_of, progress_bar, rollout
+from dfc_lib.steering.prefix import KeysValues, Prefix, PrefixCache, Stream
+from dfc_lib.steering.sampling import Rows, rollout
+
+Pairs = Int[Tensor, " pair"]  # of (prompt, cell) pairs the indices of one of the two
+# Rows that are ready to decode, ||delta|| / ||h|| of each pair, and which row is each pair's.
+Started = tuple[Rows, Tensor, Sequence[int]]
 
 
 class GenerationError(RuntimeError):
@@ -54,11 +45,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     interventions: Mapping[Hashable, Intervention],
     *,
-    position: Position = "last",
+    eos: Sequence[int],
+    readout: Sequence[int],
+    position: str = "last",
     max_new_tokens: int = 80,
-    eos: int | Sequence[int] | None = None,
     batch_size: int = 512,
-    readout: Sequence[int] | None = None,
     prefix_cache: PrefixCache | None = None,
     out_dir: str | Path | None = None,
     progress: bool = True,
@@ -68,14 +59,14 @@ def generate(
     Args:
         prompts: token ids, one list each, of any lengths.
         interventions: the grid: a name for each cell, and what is done in it at ``pair.layer``.
+        eos: end tokens. Left out of the returned tokens.
+        readout: token ids whose log-probability at the first generated token is kept (for the
+            call-vs-hedge margin).
         position: ``"last"`` prompt token at the prefill; ``"every"`` prompt and generated token; or
             ``"every_but_first"``, which spares the first prompt token (an attention sink, on which
             no crosscoder of ours is trained).
-        eos: end token(s); default: the model's own. Left out of the returned tokens.
         batch_size: (prompt, cell) rows decoded at once; bounds the memory, and is halved when that
             runs out. Results do not depend on it beyond rounding.
-        readout: token ids whose log-probability at the first generated token is kept (for the
-            call-vs-hedge margin); default: the whole vocabulary.
         prefix_cache: the pair's :class:`PrefixCache` of (at least) these prompts, if they were read
             before; only with ``position="last"``.
         out_dir: keep finished (prompt, cell) pairs below this folder, in one named by what they
@@ -85,15 +76,15 @@ def generate(
 
     Returns:
         One line per (prompt, cell), prompts outermost: ``prompt`` (index), ``cell`` (name),
-        ``tokens`` (list of ids), ``finished`` (an end token came), ``delta`` (mean ||delta||/||h||
-        over the prompt positions acted on), ``first_logprobs`` (float64 array, as ``readout``).
+        ``tokens`` (list of ids), ``delta`` (mean ||delta|| / ||h|| over the prompt positions acted
+        on), ``first_logprobs`` (float64 array, as ``readout``).
 
     Raises:
         ValueError: an argument is unusable; the message names it.
         GenerationError: a file below ``out_dir`` is damaged.
     """
-    if position not in POSITIONS:
-        raise ValueError(f"position={position!r}: one of {', '.join(POSITIONS)}.")
+    if position not in prefix.POSITIONS:
+        raise ValueError(f"position={position!r}: one of {', '.join(prefix.POSITIONS)}.")
     if not interventions:
         raise ValueError("interventions: empty; give at least {'clean': Clean()}.")
     if batch_size < 1 or max_new_tokens < 1:
@@ -102,14 +93,9 @@ def generate(
         if position != "last":
             raise ValueError(f"prefix_cache: only with position='last', not {position!r}.")
         prefix_cache.check(pair, prompts)
-    model, models = list(pair.models.values())[pair.index(target)], list(pair.models.values())
-    order, vocab = longest_first(model, prompts), model.lm_head.weight.shape[0]
-    kept = torch.arange(vocab) if readout is None else torch.as_tensor(list(readout))
-    if not bool(((kept >= 0) & (kept < vocab)).all()):
-        raise ValueError(f"readout holds a token id outside 0..{vocab - 1}.")
-    ends, cells = ends_of(model, eos), list(interventions.values())
+    order, cells = prefix.longest_first(prompts), list(interventions.values())
     grid = _Grid(
-        pair, pair.index(target), cells, position, ends, max_new_tokens, kept, prefix_cache
+        pair, pair.index(target), cells, position, eos, max_new_tokens, readout, prefix_cache
     )
 
     done: dict[str, dict] = {}
@@ -121,8 +107,8 @@ def generate(
             "layer": pair.layer,
             "position": position,
             "max_new_tokens": max_new_tokens,
-            "eos": ends,
-            "readout": None if readout is None else kept.tolist(),
+            "eos": list(eos),
+            "readout": list(readout),
         }
         folder = Path(out_dir).resolve() / store.key(settings)
         done = _finished(folder)
@@ -138,9 +124,9 @@ def generate(
         found = grid([prompts[i] for i in items], [todo[i] for i in items], batch_size)
         return {keys[items[p]][c]: record for (p, c), record in found.items()}
 
-    total = len(prompts) * len(cells)
-    with shared_prefix_attention(models), progress_bar(total, "generations", progress) as bar:
-        bar.update(total - sum(map(len, todo.values())))
+    total, left = len(prompts) * len(cells), sum(map(len, todo.values()))
+    bar = tqdm(total=total, initial=total - left, unit=" generations", disable=not progress)
+    with prefix.shared_prefix_attention(list(pair.models.values())), bar:
         for found in in_chunks(order, lambda i: len(todo[i]), batch_size, work):
             if out_dir is not None:
                 _keep(folder, found)
@@ -192,67 +178,48 @@ class _Grid:
     target: int
     cells: list[Intervention]
     position: str
-    ends: list[int]
+    eos: Sequence[int]
     max_new_tokens: int
-    readout: Int[Tensor, " kept"]
+    readout: Sequence[int]
     prefix_cache: PrefixCache | None
 
     def __post_init__(self) -> None:
         self.streams = [Stream(model, self.pair.layer) for model in self.pair.models.values()]
         self.stream = self.streams[self.target]
-        self.readout = self.readout.to(self.stream.device)
         others = any(cell.reads_others for cell in self.cells)
         self.runs = [others or stream is self.stream for stream in self.streams]
 
     def __call__(self, prompts: list, wanted: list[list[int]], batch_size: int) -> dict:
         """Records of the (prompt, cell) pairs ``wanted``: one prefill, then batches of rows."""
-        pairs = [(p, c) for p, cells in enumerate(wanted) for c in cells]
         if self.position == "last":
             if self.prefix_cache is None:
-                found = read(self.streams, self.runs, self.target, prompts)
+                found = prefix.read(self.streams, self.runs, self.target, prompts)
             else:
                 found = self.prefix_cache.of(prompts, self.target)
             start = partial(self._from_last_token, found)
         else:
-            ids, at, lengths = padded(prompts, self.stream.device)
-            hidden, lower = to_site(self.streams, self.runs, ids, at)
-            acted = acted_on(at, lengths, self.position)
+            ids, at, lengths = prefix.padded(prompts, self.stream.device)
+            hidden, lower = prefix.to_site(self.streams, self.runs, ids, at)
+            acted = prefix.acted_on(at, lengths, self.position)
             site = Site(hidden.flatten(0, 1).float(), self.target)
             start = partial(self._from_every_token, site, acted, lower, lengths)
+        pairs = [(p, c) for p, cells in enumerate(wanted) for c in cells]
         out: dict[tuple[int, int], dict] = {}
         for i in range(0, len(pairs), batch_size):
-            out |= self._decode(pairs[i : i + batch_size], start)
+            batch = pairs[i : i + batch_size]
+            rows, ratios, row_of = start(*torch.tensor(batch, device=self.stream.device).T)
+            tokens = rollout(self.stream, rows, self.eos, self.max_new_tokens)
+            # In double, so that 1 - p of a likely token keeps its digits.
+            logprobs = rows.logits.double().log_softmax(-1)[:, list(self.readout)].cpu().numpy()
+            for pair, ratio, row in zip(batch, ratios.tolist(), row_of, strict=True):
+                record = {"tokens": tokens[row], "delta": ratio, "first_logprobs": logprobs[row]}
+                out[pair] = record
         return out
 
-    def _decode(
-        self,
-        pairs: list[tuple[int, int]],
-        start: Callable[[Tensor, Tensor], tuple[Rows, Tensor, Sequence[int]]],
-    ) -> dict[tuple[int, int], dict]:
-        """``start(prompt, cell)`` (each (pair,)) gives rows, ||delta|| / ||h|| and the row of
-        each pair.
-        """
-        prompt, cell = torch.tensor(pairs, device=self.stream.device).T
-        rows, ratios, row_of = start(prompt, cell)
-        rolled = rollout(self.stream, rows, self.ends, self.max_new_tokens)
-        # In double, so that 1 - p of a likely token keeps its digits.
-        logprobs = rows.logits.double().log_softmax(-1)[:, self.readout].cpu().numpy()
-        return {
-            pair: {
-                "tokens": rolled[row][0],
-                "finished": rolled[row][1],
-                "delta": ratio,
-                "first_logprobs": logprobs[row],
-            }
-            for pair, ratio, row in zip(pairs, ratios.tolist(), row_of, strict=True)
-        }
-
-    def _from_last_token(
-        self, found: Read, prompt: Int[Tensor, " pair"], cell: Int[Tensor, " pair"]
-    ) -> tuple[Rows, Tensor, Sequence[int]]:
+    def _from_last_token(self, found: prefix.Read, prompt: Pairs, cell: Pairs) -> Started:
         stream, lengths = self.stream, found.lengths
         site = Site(found.hidden.float(), self.target)
-        patched, ratios = self._apply(cell, lambda c: apply(self.cells[c], site), prompt)
+        patched, ratios = self._apply(cell, prompt, partial(apply, h=site))
         # Cells that give a prompt the same vector (alpha = 1, a silent feature) decode alike: once.
         labelled = torch.cat([prompt[:, None].to(patched.dtype), patched], 1)
         distinct, row_of = torch.unique(labelled, dim=0, return_inverse=True)  # sorted by prompt
@@ -271,13 +238,11 @@ class _Grid:
         acted: Bool[Tensor, "prompt token"],
         lower: list[KeysValues],
         lengths: Int[Tensor, " prompt"],
-        prompt: Int[Tensor, " pair"],
-        cell: Int[Tensor, " pair"],
-    ) -> tuple[Rows, Tensor, Sequence[int]]:
+        prompt: Pairs,
+        cell: Pairs,
+    ) -> Started:
         stream = self.stream
-        patched, ratios = self._apply(
-            cell, lambda c: apply_where(acted, self.cells[c], site), prompt
-        )
+        patched, ratios = self._apply(cell, prompt, partial(apply_where, acted, site=site))
 
         # Above the site a row now has keys and values of its own for the whole prompt.
         upper, at = DynamicCache(), torch.arange(acted.shape[1], device=stream.device)
@@ -285,7 +250,9 @@ class _Grid:
         hidden = stream.blocks(stream.upper, patched.to(stream.dtype), at, upper)
         own = torch.arange(len(prompt), device=stream.device)
         prefixes = dict.fromkeys(stream.lower, Prefix(lower[self.target], lengths, prompt))
-        prefixes |= dict.fromkeys(stream.upper, Prefix(keys_values(upper), lengths[prompt], own))
+        prefixes |= dict.fromkeys(
+            stream.upper, Prefix(prefix.keys_values(upper), lengths[prompt], own)
+        )
         others = {
             m: (DynamicCache(), Prefix(lower[m], lengths, prompt))
             for m, run in enumerate(self.runs)
@@ -295,9 +262,9 @@ class _Grid:
         def patch(hidden: Tensor, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
             h = torch.full_like(hidden, torch.nan).repeat(1, len(self.streams), 1)
             h[:, self.target] = hidden[:, 0]
-            for m, (suffix, prefix) in others.items():
+            for m, (suffix, read_before) in others.items():
                 other = self.streams[m]
-                shared = dict.fromkeys(other.lower, prefix)
+                shared = dict.fromkeys(other.lower, read_before)
                 embedded = other.embed(tokens[:, None])
                 h[:, m] = other.blocks(other.lower, embedded, positions, suffix, shared)[:, 0]
             new = torch.empty_like(hidden)
@@ -312,18 +279,15 @@ class _Grid:
         return rows, ratios, range(len(prompt))
 
     def _apply(
-        self,
-        cell: Int[Tensor, " pair"],
-        change: Callable[[int], tuple[Tensor, Tensor]],
-        prompt: Int[Tensor, " pair"],
+        self, cell: Pairs, prompt: Pairs, change: Callable[[Intervention], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Of each pair, the new activations and ||delta|| / ||h||, given ``change(cell)`` of every
-        prompt.
+        """Of each pair, the new activations and ||delta|| / ||h||, given what ``change`` makes of
+        every prompt.
         """
         out: tuple[Tensor, Tensor] | None = None
         for c in cell.unique().tolist():
             rows = (cell == c).nonzero()[:, 0]
-            changed = change(c)
+            changed = change(self.cells[c])
             out = out or tuple(x.new_empty(len(cell), *x.shape[1:]) for x in changed)
             for all_of, of_cell in zip(out, changed, strict=True):
                 all_of[rows] = of_cell[prompt[rows]]

@@ -44,7 +44,7 @@ from torch import Tensor
 from dfc_lib import store
 from dfc_lib.crosscoder import kernels
 from dfc_lib.crosscoder.model import Code, Crosscoder
-from dfc_lib.crosscoder.partition import Raw
+from dfc_lib.crosscoder.partition import Normaliser, Raw
 from dfc_lib.data.pair import fingerprint
 from dfc_lib.provenance import code_text
 
@@ -90,10 +90,9 @@ class Codec:
         """The crosscoder with the Normaliser that the protocol says."""
         if self.protocol == "calibrated":
             return self.crosscoder
-        twin = copy.copy(self.crosscoder)  # shares the weights, has buffers of its own
-        twin._buffers = {name: value.clone() for name, value in self.crosscoder._buffers.items()}
-        twin.normaliser_mean.zero_()
-        twin.normaliser_scale.fill_(1.0)
+        twin = copy.copy(self.crosscoder)  # shares the weights
+        twin._buffers = self.crosscoder._buffers.copy()
+        twin.normaliser = Normaliser.identity(twin.n_models, twin.d_model)
         return twin
 
     def _streams(self, target: int) -> dict[str, Any]:
@@ -180,16 +179,8 @@ class Intervention:
 def apply(
     intervention: Intervention, h: Raw | Site, target: int = 0
 ) -> tuple[Own, Float[Tensor, " batch"]]:
-    """New activations of model ``target`` (an index), float32, and ||delta|| / ||h|| per row.
-
-    Raises ``ValueError`` where ``h`` does not have the shape (batch, model, d_model).
-    """
+    """New activations of model ``target`` (an index), float32, and ||delta|| / ||h|| per row."""
     site = h if isinstance(h, Site) else Site(h.float(), target)
-    if site.h.ndim != 3 or not 0 <= site.target < site.h.shape[1]:
-        raise ValueError(
-            f"h has shape {tuple(site.h.shape)} with target={site.target}; it must be "
-            "(batch, model, d_model) with the target among the models."
-        )
     new = intervention.new(site)
     return new, (new - site.own).norm(dim=-1) / site.own.norm(dim=-1).clamp_min(1e-30)
 
@@ -379,14 +370,12 @@ class RandomFeatures(Composed):
     def delta(self, site: Site) -> Tensor:
         f = site.code(self.codec)
         block = self.codec.used.partition.slice(self.block)
-        allowed = torch.zeros(f.shape[1], dtype=torch.bool)
-        allowed[block] = True
-        allowed[list(self.exclude)] = False
+        allowed = set(range(*block.indices(f.shape[1]))) - set(self.exclude)
         order = torch.randperm(f.shape[1], generator=torch.Generator().manual_seed(self.seed))
-        order = order[allowed[order]].to(f.device)
+        order = [feature for feature in order.tolist() if feature in allowed]
         active = f[:, order] > 0
         chosen = active & (active.cumsum(1) <= self.size)
-        rows = self.codec.rows(order.tolist(), site.target, self.rows_of)
+        rows = self.codec.rows(order, site.target, self.rows_of)
         if not bool(rows.any()):
             raise ValueError(
                 f"block {self.block!r} has only zero rows for model {site.target}: nothing to add. "

@@ -15,18 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dfc_lib.data.pair import Pair, PairError, depth, in_chunks
 
-Position = Literal["last", "every", "every_but_first"]
 POSITIONS = ("last", "every", "every_but_first")
 ATTENTION = "dfc_lib_shared_prefix"
 KeysValues = dict[int, tuple[Tensor, Tensor]]  # by block, each (row, kv_head, token, head_dim)
@@ -55,7 +54,7 @@ class Prefix:
         self._lay_out(group)
 
     def _hide_padding(self) -> None:
-        longest = int(self.lengths.max())
+        longest = max(1, int(self.lengths.max()))  # of one column that is hidden, where all are 0
         self.kv = {i: (k[:, :, :longest], v[:, :, :longest]) for i, (k, v) in self.kv.items()}
         padding = torch.arange(longest, device=self.lengths.device) >= self.lengths[:, None]
         self.padding = padding[:, None, None] if bool(padding.any()) else None
@@ -100,8 +99,8 @@ def attend(
     query: Float[Tensor, "row head token head_dim"],
     key: Float[Tensor, "row kv_head own_token head_dim"],
     value: Float[Tensor, "row kv_head own_token head_dim"],
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
+    attention_mask: Tensor | None,
+    scaling: float,
     prefixes: dict[int, Prefix] | None = None,
     **_: object,
 ) -> tuple[Float[Tensor, "row token head head_dim"], None]:
@@ -110,15 +109,7 @@ def attend(
     One softmax over both parts, computed from a common maximum. Without prefixes: causal attention.
     """
     if prefixes is None:
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=query.shape[2] > 1,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.transpose(1, 2).contiguous(), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
 
     rows, heads, _one, size = query.shape
     kv_heads = key.shape[1]
@@ -126,9 +117,6 @@ def attend(
     own = (query @ key.transpose(2, 3)).float()  # (row, kv_head, head per kv_head, own_token)
     prefix = prefixes[module.layer_idx]
     shared_key, shared_value = prefix.kv[module.layer_idx]
-    if shared_key.shape[2] == 0:
-        out = own.softmax(-1).to(value.dtype) @ value
-        return out.reshape(rows, 1, heads, size), None
 
     # Rows of a group side by side: one matrix product per group and head reads its keys once.
     per_kv = heads // kv_heads
@@ -153,8 +141,6 @@ def attend(
 
 @contextmanager
 def shared_prefix_attention(models: Sequence[nn.Module]) -> Iterator[None]:
-    from transformers import AttentionInterface
-
     AttentionInterface.register(ATTENTION, attend)
     before = [model.config._attn_implementation for model in models]
     try:
@@ -185,10 +171,8 @@ class Stream:
                 f"{type(model).__name__}: only full attention is supported, not {kinds}."
             )
         self.model, self.body, self.dtype = model, model.model, model.dtype
-        self.device, site = (
-            next(model.parameters()).device,
-            depth(model) - 1 if site is None else site,
-        )
+        self.device = next(model.parameters()).device
+        site = depth(model) - 1 if site is None else site
         self.lower, self.upper = range(site + 1), range(site + 1, depth(model))
 
     def embed(self, tokens: Int[Tensor, "row token"]) -> Float[Tensor, "row token d_model"]:
@@ -223,20 +207,17 @@ class Stream:
 # reading prompts
 
 
-def longest_first(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
+def longest_first(prompts: Sequence[Sequence[int]]) -> list[int]:
     """The prompts' indices from the longest to the shortest.
 
     Like lengths together waste least on padding; the longest first fail first if memory is short.
 
     Raises:
-        ValueError: a prompt is empty, or holds what is no token of the model.
+        ValueError: a prompt is empty.
     """
-    vocab = model.get_input_embeddings().weight.shape[0]
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token.")
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise ValueError(f"prompts[{i}] holds a token id outside 0..{vocab - 1}.")
     return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
 
@@ -319,7 +300,8 @@ class PrefixCache:
     def __init__(self, pair: Pair, prompts: Sequence[Sequence[int]], batch_size: int = 32) -> None:
         models = list(pair.models.values())
         streams = [Stream(model, pair.layer) for model in models]
-        self.pair, self._row = pair, {tuple(p): i for i, p in enumerate(prompts)}
+        self.pair, self._streams = pair, streams
+        self._row = {tuple(p): i for i, p in enumerate(prompts)}
         self.h = torch.empty(len(prompts), len(models), pair.d_model, device=streams[0].device)
         # Per model and prompt, without padding: up to the site and above.
         self._kv: list[list[KeysValues]] = [[{} for _ in prompts] for _ in models]
@@ -334,9 +316,9 @@ class PrefixCache:
                     n = len(prompts[i])
                     self._kv[t][i][block] = keys[row, :, :n].clone(), values[row, :, :n].clone()
 
+        order = longest_first(prompts)
         with shared_prefix_attention(models):
-            for t, model in enumerate(models):
-                order = longest_first(model, prompts)
+            for t in range(len(models)):
                 for _ in in_chunks(order, lambda _: 1, batch_size, partial(work, t)):
                     pass
 
@@ -347,11 +329,8 @@ class PrefixCache:
         """
         if pair is not self.pair:
             raise ValueError("prefix_cache: read by another pair; make one of this pair.")
-        for i, prompt in enumerate(prompts):
-            if tuple(prompt) not in self._row:
-                raise ValueError(
-                    f"prefix_cache: prompts[{i}] is not among the prompts it has read."
-                )
+        if new := [i for i, prompt in enumerate(prompts) if tuple(prompt) not in self._row]:
+            raise ValueError(f"prefix_cache: prompts[{new[0]}] is not among those it has read.")
 
     def of(self, prompts: Sequence[Sequence[int]], target: int) -> Read:
         """What reading just these prompts would have given."""
@@ -362,9 +341,8 @@ class PrefixCache:
             parts = [self._kv[target][row][block][which].transpose(0, 1) for row in rows]
             return pad_sequence(parts, batch_first=True).transpose(1, 2).to(self.h.device)
 
-        kv = {
-            block: (together(block, 0), together(block, 1)) for block in self._kv[target][rows[0]]
-        }
-        lower = {block: both for block, both in kv.items() if block <= self.pair.layer}
-        upper = {block: both for block, both in kv.items() if block > self.pair.layer}
-        return Read(self.h[rows], lower, upper, lengths)
+        def of_blocks(blocks: range) -> KeysValues:
+            return {block: (together(block, 0), together(block, 1)) for block in blocks}
+
+        stream = self._streams[target]
+        return Read(self.h[rows], of_blocks(stream.lower), of_blocks(stream.upper), lengths)

@@ -14,30 +14,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from dfc_lib.data.pair import Pair, in_chunks
+from dfc_lib.steering import prefix
 from dfc_lib.steering.interventions import Clean, Intervention, Site, apply_where
-from dfc_lib.steering.prefix import (
-    Prefix,
-    Stream,
-    acted_on,
-    keys_values,
-    longest_first,
-    padded,
-    shared_prefix_attention,
-    to_site,
-)
-
-
-def ends_of(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
-    """``eos`` as a list; where it is None, the model's own end tokens."""
-    if eos is None:
-        eos = getattr(model.generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = model.config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def progress_bar(total: int, unit: str, progress: bool):
-    return tqdm(total=total, unit=" " + unit, disable=not progress, dynamic_ncols=True)
+from dfc_lib.steering.prefix import Prefix, Stream
 
 
 @dataclass
@@ -72,8 +51,8 @@ def rollout(
     ends: Sequence[int],
     max_new_tokens: int,
     choose: Callable[[Tensor, Tensor, int], Tensor] = greedy,
-) -> list[tuple[list[int], bool]]:
-    """Decode all rows; per row its tokens (no end token), and whether it reached an end.
+) -> list[list[int]]:
+    """Decode all rows; per row its tokens, without the end token.
 
     ``choose(logits, rows, step)`` picks tokens. A row that has ended leaves the batch.
     """
@@ -82,16 +61,11 @@ def rollout(
     rows = torch.arange(len(logits), device=logits.device)
     end = torch.tensor(list(ends), dtype=torch.long, device=logits.device)
     tokens_of: list[list[int]] = [[] for _ in rows]
-    finished = [False] * len(rows)
     for step in range(max_new_tokens):
         tokens = choose(logits, rows, step)
-        ended = torch.isin(tokens, end)
-        for row, token, last in zip(rows.tolist(), tokens.tolist(), ended.tolist(), strict=True):
-            if last:
-                finished[row] = True
-            else:
-                tokens_of[row].append(token)
-        kept = (~ended).nonzero()[:, 0]
+        kept = (~torch.isin(tokens, end)).nonzero()[:, 0]
+        for row, token in zip(rows[kept].tolist(), tokens[kept].tolist(), strict=True):
+            tokens_of[row].append(token)
         if step == max_new_tokens - 1 or len(kept) == 0:
             break
         if len(kept) < len(rows):
@@ -105,7 +79,7 @@ def rollout(
             hidden = start.patch(hidden, tokens, positions, rows)
         hidden = stream.blocks(stream.upper, hidden, positions, suffix, prefixes)
         logits = stream.logits(hidden[:, 0])
-    return list(zip(tokens_of, finished, strict=True))
+    return tokens_of
 
 
 # ---------------------------------------------------------------------------------------------
@@ -128,32 +102,30 @@ def sample(
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int = 80,
-    eos: int | Sequence[int] | None = None,
+    eos: Sequence[int] = (),
     batch_size: int = 128,
-    progress: bool = False,
 ) -> Samples:
-    """A continuation of each prompt (token ids).
+    """A continuation of each prompt (token ids), up to an end token ``eos``, if one comes.
 
-    ``temperature=0`` is greedy. ``eos`` defaults to the model's own end
-    tokens. A sample depends on ``seed`` and on its place in the list, not on ``batch_size``: each
-    token inverts the cumulative distribution at a uniform number drawn beforehand.
+    ``temperature=0`` is greedy. A sample depends on ``seed`` and on its place in the list, not on
+    ``batch_size``: each token inverts the cumulative distribution at a uniform number drawn
+    beforehand.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: must be 0 (greedy) or above.")
-    order, stream, ends = longest_first(model, prompts), Stream(model), ends_of(model, eos)
-    draws = torch.Generator().manual_seed(seed)
+    stream, draws = Stream(model), torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), max_new_tokens, generator=draws, dtype=torch.float64)
     out: list[list[int]] = [[] for _ in prompts]
     first = torch.empty(len(prompts), model.lm_head.weight.shape[0])
 
-    def work(items: list[int], _size: int) -> int:
-        ids, at, lengths = padded([prompts[i] for i in items], stream.device)
+    def work(items: list[int], _size: int) -> None:
+        ids, at, lengths = prefix.padded([prompts[i] for i in items], stream.device)
         read = DynamicCache()
         hidden = stream.blocks(stream.lower, stream.embed(ids), at, read)
         row = torch.arange(len(items), device=stream.device)
         logits, u = stream.logits(hidden[row, lengths - 1]), uniform[items].to(stream.device)
         first[items] = logits.cpu()
-        prefixes = dict.fromkeys(stream.lower, Prefix(keys_values(read), lengths, row))
+        prefixes = dict.fromkeys(stream.lower, Prefix(prefix.keys_values(read), lengths, row))
 
         def draw(logits: Tensor, rows: Tensor, step: int) -> Tensor:
             cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
@@ -161,14 +133,13 @@ def sample(
             return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
         start = Rows(logits, lengths, DynamicCache(), prefixes)
-        rolled = rollout(stream, start, ends, max_new_tokens, draw if temperature else greedy)
-        for i, (tokens, _finished) in zip(items, rolled, strict=True):
+        rolled = rollout(stream, start, eos, max_new_tokens, draw if temperature else greedy)
+        for i, tokens in zip(items, rolled, strict=True):
             out[i] = tokens
-        return len(items)
 
-    with shared_prefix_attention([model]), progress_bar(len(prompts), "prompts", progress) as bar:
-        for done in in_chunks(order, lambda _: 1, batch_size, work):
-            bar.update(done)
+    with prefix.shared_prefix_attention([model]):
+        for _ in in_chunks(prefix.longest_first(prompts), lambda _: 1, batch_size, work):
+            pass
     return Samples(out, first)
 
 
@@ -183,54 +154,49 @@ def score(
     texts: Sequence[Sequence[int]],
     interventions: Mapping[str, Intervention],
     *,
-    batch_size: int = 16,
     progress: bool = True,
 ) -> pd.DataFrame:
     """What interventions do to the prediction of given texts (token ids), at every token of them
     but the first.
 
-    Returns one line per (text, cell): ``text`` (index), ``cell``, ``n`` tokens predicted (all but
-    the first), ``nll`` (mean negative log-likelihood in nats, so perplexity is its exponential over
-    all tokens), ``kl`` (mean KL(clean || cell) in nats), ``delta`` (mean ||delta|| / ||h||).
+    Returns one line per (text, cell): ``text`` (index), ``cell`` and ``kl``, the mean over its
+    tokens of KL(clean || cell) in nats.
     """
     for i, text in enumerate(texts):
         if len(text) < 2:
             raise ValueError(f"texts[{i}] has {len(text)} tokens; scoring needs at least 2.")
     t, models = pair.index(target), list(pair.models.values())
     others = any(cell.reads_others for cell in interventions.values())
-    streams, runs = (
-        [Stream(m, pair.layer) for m in models],
-        [m == t or others for m in range(len(models))],
-    )
-    order, stream, rows = longest_first(models[t], texts), streams[t], {}
+    streams = [Stream(model, pair.layer) for model in models]
+    runs = [m == t or others for m in range(len(models))]
+    order, stream, found = prefix.longest_first(texts), streams[t], {}
 
     def work(items: list[int], _size: int) -> int:
-        ids, at, lengths = padded([texts[i] for i in items], stream.device)
-        hidden, _ = to_site(streams, runs, ids, at)
+        ids, at, lengths = prefix.padded([texts[i] for i in items], stream.device)
+        hidden, _ = prefix.to_site(streams, runs, ids, at)
         site = Site(hidden.flatten(0, 1).float(), t)
-        acted = acted_on(at, lengths, "every_but_first")
+        acted = prefix.acted_on(at, lengths, "every_but_first")
         real, n = at[:, 1:] < lengths[:, None], lengths - 1
 
-        def logprobs(cell: Intervention) -> tuple[Tensor, Tensor]:
-            new, ratio = apply_where(acted, cell, site)
+        def logprobs(cell: Intervention) -> Float[Tensor, "text token vocab"]:
+            new, _ = apply_where(acted, cell, site)
             last = stream.blocks(stream.upper, new.to(stream.dtype), at, None)
-            return stream.logits(last[:, :-1]).log_softmax(-1), ratio
+            return stream.logits(last[:, :-1]).log_softmax(-1)
 
-        clean, _ = logprobs(Clean())
+        clean = logprobs(Clean())
         for name, cell in interventions.items():
-            found, ratio = logprobs(cell)
-            nll = -found.gather(2, ids[:, 1:, None])[..., 0]
-            kl = (clean.exp() * (clean - found)).sum(-1)
-            means = [(torch.where(real, x, 0.0).sum(1) / n).tolist() for x in (nll, kl)]
-            for i, *values in zip(items, n.tolist(), *means, ratio.tolist(), strict=True):
-                rows[i, name] = dict(zip(("n", "nll", "kl", "delta"), values, strict=True))
+            kl = (clean.exp() * (clean - logprobs(cell))).sum(-1)
+            means = (torch.where(real, kl, 0.0).sum(1) / n).tolist()
+            found.update({(i, name): mean for i, mean in zip(items, means, strict=True)})
         return len(items)
 
-    with shared_prefix_attention(models), progress_bar(len(texts), "texts", progress) as bar:
-        for done in in_chunks(order, lambda _: 1, batch_size, work):
+    bar = tqdm(total=len(texts), unit=" texts", disable=not progress)
+    with prefix.shared_prefix_attention(models), bar:
+        # Few at once, for each comes with the logits of all of its tokens.
+        for done in in_chunks(order, lambda _: 1, 16, work):
             bar.update(done)
     return pd.DataFrame(
-        {"text": i, "cell": name, **rows[i, name]}
+        {"text": i, "cell": name, "kl": found[i, name]}
         for i in range(len(texts))
         for name in interventions
     )

@@ -7,7 +7,8 @@ at that site, and its positive control.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,6 +23,8 @@ from dfc_lib.data.prompts import Record
 from dfc_lib.steering.evaluation import margin, opener_ids
 from dfc_lib.steering.prefix import Stream, longest_first, padded, shared_prefix_attention
 
+Hidden = Float[Tensor, "prompt token d_model"]  # residuals after one layer
+
 
 @torch.no_grad()
 def scan(
@@ -33,7 +36,6 @@ def scan(
     styles: Sequence[str],
     layers: Sequence[int] | None = None,
     batch_size: int = 32,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Patch every tuned model and the base with each other, layer by layer.
 
@@ -56,20 +58,15 @@ def scan(
     layers = range(depth(base)) if layers is None else layers
     openers = opener_ids(tokenizer)
     parts = []
-    ids = {
-        style: prompts.encode(tokenizer, [prompts.chat_text(tokenizer, r, style) for r in records])
-        for style in styles
-    }
-    total = len(styles) * len(records) * len(tuned)
-    with (
-        shared_prefix_attention([base, *tuned.values()]),
-        tqdm(total=total, desc="site scan", disable=not progress) as bar,
-    ):
+    bar = tqdm(total=len(styles) * len(records) * len(tuned), desc="site scan")
+    with shared_prefix_attention([base, *tuned.values()]), bar:
         for style in styles:
-            order = longest_first(base, ids[style])
+            texts = [prompts.chat_text(tokenizer, r, style) for r in records]
+            ids = prompts.encode(tokenizer, texts)
+            order = longest_first(ids)
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
-                tokens = [ids[style][i] for i in chunk]
+                tokens = [ids[i] for i in chunk]
                 of_base = _residuals(base, tokens)
                 for name, model in tuned.items():
                     of_tuned = _residuals(model, tokens)
@@ -79,20 +76,16 @@ def scan(
                         where = {"model": name, "style": style, "direction": direction}
                         clean = _outcomes(target, own[-1], depth(target) - 1, lengths, openers)
                         clean = clean.add_prefix("clean_").assign(prompt=chunk)
-                        for layer in layers:
-                            for position in ("last", "every"):
-                                h = _patched(own[layer], other[layer], lengths, position)
-                                found = _outcomes(target, h, layer, lengths, openers).join(clean)
-                                at = where | {"layer": layer, "position": position}
-                                parts.append(found.assign(**at))
+                        for layer, position in product(layers, ("last", "every")):
+                            h = _patched(own[layer], other[layer], lengths, position)
+                            found = _outcomes(target, h, layer, lengths, openers).join(clean)
+                            parts.append(found.assign(**where, layer=layer, position=position))
                     bar.update(len(chunk))
     levels = ["model", "style", "direction", "layer", "position", "prompt"]
     return pd.concat(parts, ignore_index=True).sort_values(levels, ignore_index=True)
 
 
-def _residuals(
-    model: Any, tokens: Sequence[Sequence[int]]
-) -> list[Float[Tensor, "prompt token d_model"]]:
+def _residuals(model: Any, tokens: Sequence[Sequence[int]]) -> list[Hidden]:
     """A model's residuals after every layer; behind a prompt's end they mean nothing."""
     stream = Stream(model)
     ids, at, _ = padded(tokens, stream.device)
@@ -103,12 +96,7 @@ def _residuals(
     return out
 
 
-def _patched(
-    own: Float[Tensor, "prompt token d_model"],
-    other: Float[Tensor, "prompt token d_model"],
-    lengths: Int[Tensor, " prompt"],
-    position: Literal["last", "every"],
-) -> Float[Tensor, "prompt token d_model"]:
+def _patched(own: Hidden, other: Hidden, lengths: Int[Tensor, " prompt"], position: str) -> Hidden:
     if position == "every":
         return other.to(own)
     patched, last = own.clone(), (torch.arange(len(own)), lengths - 1)
@@ -117,11 +105,7 @@ def _patched(
 
 
 def _outcomes(
-    model: Any,
-    hidden: Float[Tensor, "prompt token d_model"],
-    layer: int,
-    lengths: Int[Tensor, " prompt"],
-    openers: Sequence[int],
+    model: Any, hidden: Hidden, layer: int, lengths: Int[Tensor, " prompt"], openers: Sequence[int]
 ) -> pd.DataFrame:
     """What a model does that goes on from these residuals after ``layer``."""
     stream = Stream(model, layer)
