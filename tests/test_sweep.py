@@ -31,6 +31,8 @@ PROFILE = replace(
     batch_size=16,
     batch_generation=4,
 )
+# ||delta|| / ||h|| = 0.5
+HALF = sweep.Stretched(interventions.Patch(torch.zeros(128)), 0.5)
 RUNS = [run for run in sweep.grid() if run.width == 4 and run.k == 45][1:4]
 TIMEOUT = 600
 
@@ -145,7 +147,7 @@ def test_measuring_equals_generating(build):
     """Prompts kept between calls, and the first token alone, change nothing."""
     study = Study(PROFILE)
     cells = {"clean": interventions.Clean(), "other": interventions.OtherModel(1)}
-    cells["push"] = interventions.random_directions(sweep.Scaled(0.5), 1, 128)[0]
+    cells["push"] = interventions.random_directions(HALF, 1, 128)[0]
     got = sweep.measure(study, "A", cells)
     want = evaluation.intervene(study.pair, "A", sweep.records(study), cells, progress=False)
     want = want.sort_values(["cell", "prompt"])
@@ -159,7 +161,7 @@ def test_measuring_equals_generating(build):
 
 def test_a_stretched_change_has_the_same_direction(build):
     h = sweep.prefix_cache(Study(PROFILE)).h
-    push = interventions.random_directions(sweep.Scaled(0.5), 1, 128)[0]
+    push = interventions.random_directions(HALF, 1, 128)[0]
     new, length = interventions.apply(sweep.Stretched(push, 3.0), h)
     once = interventions.apply(push, h)[0]
     assert length.tolist() == pytest.approx([1.5] * 7, abs=1e-5)

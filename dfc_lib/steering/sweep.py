@@ -272,16 +272,6 @@ def _error(crosscoder: Crosscoder, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Composed):
-    """h + ratio h: gives random patches a length, ||delta|| / ||h|| = ratio."""
-
-    ratio: float
-
-    def delta(self, site: Site) -> Tensor:
-        return self.ratio * site.own
-
-
-@dataclass(frozen=True, eq=False)
 class Stretched(Composed):
     """Another intervention's change, ``factor`` times as long."""
 
@@ -303,13 +293,15 @@ def baselines(study: Study) -> pd.DataFrame:
     if path.is_file():
         return pd.read_parquet(path)
     x, frames = vectors(study).to_tensor(), []
+    nothing_left = interventions.Patch(torch.zeros(study.pair.d_model))  # a change as long as h
     for t, target in enumerate(study.pair.names):
         cells = {"clean": interventions.Clean(), "other model": interventions.OtherModel(1 - t)}
         for source in ("tool", "neutral"):
             chosen = vectors(study).where(source=source)
             cells[f"{source} mean"] = interventions.Patch(x[chosen, t].mean(0))
         for ratio in RATIOS:
-            drawn = interventions.random_directions(Scaled(ratio), N_DRAWS, study.pair.d_model)
+            like = Stretched(nothing_left, ratio)
+            drawn = interventions.random_directions(like, N_DRAWS, study.pair.d_model)
             cells |= {("random", ratio, draw): cell for draw, cell in enumerate(drawn)}
         frames.append(measure(study, target, cells, ("condition", "ratio", "draw")))
     outcomes = pd.concat(frames, ignore_index=True)
