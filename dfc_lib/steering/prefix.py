@@ -162,10 +162,6 @@ class Stream:
     def __init__(self, model: nn.Module, site: int | None = None) -> None:
         windowed = ["sliding_attention"] if getattr(model.config, "sliding_window", None) else None
         kinds = set(getattr(model.config, "layer_types", windowed) or ["full_attention"])
-        if not hasattr(model, "model") or not hasattr(model.model, "rotary_emb"):
-            raise PairError(
-                f"{type(model).__name__}: not a decoder with model.layers and rotary_emb."
-            )
         if kinds != {"full_attention"}:
             raise PairError(
                 f"{type(model).__name__}: only full attention is supported, not {kinds}."
@@ -189,13 +185,7 @@ class Stream:
         rotary = self.body.rotary_emb(hidden, positions)
         for i in which:
             hidden = self.body.layers[i](
-                hidden,
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=rotary,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                prefixes=prefixes,
+                hidden, position_embeddings=rotary, past_key_values=cache, prefixes=prefixes
             )
         return hidden
 
