@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfc_lib import store
 from dfc_lib.crosscoder import kernels
@@ -413,7 +413,7 @@ def key(value: Any, _seen: dict[int, str] | None = None) -> str:
 
 
 def _content(value: Any, seen: dict[int, str]) -> str:
-    if isinstance(value, Crosscoder):
+    if isinstance(value, nn.Module):
         if id(value) not in seen:
             # k and the like decide the code and are no weights.
             config = value.cfg.to_dict().items()
