@@ -37,7 +37,6 @@ class Job:
 
     project: Project
     name: str
-    overrides: dict[str, Any]
     parts: dict[str, str]
     key: str
     beside: int  # so many others share the cores
@@ -115,7 +114,7 @@ def _child(work: Callable[..., int], arguments: tuple, environment: dict, report
     sys.exit(status)
 
 
-def begin(project: Project, name: str, overrides: dict[str, Any], beside: int) -> Job:
+def begin(project: Project, name: str, beside: int) -> Job:
     """Begin to execute a notebook by papermill, ``beside`` so many others that share the cores.
 
     Raises:
@@ -126,13 +125,13 @@ def begin(project: Project, name: str, overrides: dict[str, Any], beside: int) -
         if not (project.root / item).exists():
             raise CompendiumError(f"{name} reads {item}, which is missing; git checkout -- {item}")
     # Taken before the run: what is edited meanwhile must count as changed, not as what ran.
-    parts, key = project.parts(name, overrides), project.key(name, overrides)
-    job = Job(project, name, overrides, parts, key, beside, time.perf_counter())
+    parts, key = project.parts(name), project.key(name)
+    job = Job(project, name, parts, key, beside, time.perf_counter())
     progress = not beside and sys.stderr.isatty()
-    return job.start(_papermill, notebook.path, job.unfinished, overrides, progress)
+    return job.start(_papermill, notebook.path, job.unfinished, progress)
 
 
-def _papermill(source: Path, unfinished: Path, overrides: dict[str, Any], progress: bool) -> int:
+def _papermill(source: Path, unfinished: Path, progress: bool) -> int:
     """In the child: execute a notebook; prints what went wrong."""
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -143,7 +142,6 @@ def _papermill(source: Path, unfinished: Path, overrides: dict[str, Any], progre
         papermill.execute_notebook(
             str(source),
             str(unfinished),
-            overrides or None,
             cwd=str(source.parent),
             progress_bar=progress,
             kernel_name="python3",
@@ -176,7 +174,7 @@ def _last(unfinished: Path) -> str:
 
 def begin_check(project: Project, name: str, beside: int) -> Job:
     """Begin to execute a notebook through nbval, which compares the cells that are marked."""
-    job = Job(project, name, {}, {}, project.key(name), beside, time.perf_counter())
+    job = Job(project, name, {}, project.key(name), beside, time.perf_counter())
     return job.start(_nbval, project.notebooks[name].path, project.root)
 
 
@@ -286,22 +284,19 @@ def _settle(job: Job, notebook: Notebook) -> str:
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     from nbstripout import strip_output
 
-    settled = executed = nbformat.read(job.unfinished, as_version=nbformat.NO_CONVERT)
-    if not job.overrides:
-        # Outputs go into the source as it is now: prose edited during a long run is not lost.
-        settled = nbformat.read(notebook.path, as_version=nbformat.NO_CONVERT)
-        sources = [cell for cell in settled.cells if cell.cell_type == "code"]
-        ran = [cell for cell in executed.cells if cell.cell_type == "code"]
-        if [cell.source for cell in sources] != [cell.source for cell in ran]:
-            raise CompendiumError(
-                f"{notebook.path} was edited while it ran, so its results are not kept; they are "
-                f"in {job.unfinished}. Run it again"
-            )
-        for cell, result in zip(sources, ran, strict=True):
-            cell.outputs, cell.execution_count = result.outputs, result.execution_count
-    for cell in settled.cells:
-        if cell.cell_type == "code":
-            cell.outputs = _without_progress_bars(cell.outputs)
+    executed = nbformat.read(job.unfinished, as_version=nbformat.NO_CONVERT)
+    # Outputs go into the source as it is now: prose edited during a long run is not lost.
+    settled = nbformat.read(notebook.path, as_version=nbformat.NO_CONVERT)
+    ran = [cell for cell in executed.cells if cell.cell_type == "code"]
+    sources = [cell for cell in settled.cells if cell.cell_type == "code"]
+    if [cell.source for cell in sources] != [cell.source for cell in ran]:
+        raise CompendiumError(
+            f"{notebook.path} was edited while it ran, so its results are not kept; they are "
+            f"in {job.unfinished}. Run it again"
+        )
+    for cell, result in zip(sources, ran, strict=True):
+        cell.outputs = _without_progress_bars(result.outputs)
+        cell.execution_count = result.execution_count
     # What a stream printed in a row is one output: kernels cut it where the clock says so.
     settled, _ = CoalesceStreamsPreprocessor().preprocess(settled, {})
     about_this_run = ["metadata.papermill", "metadata.widgets"]

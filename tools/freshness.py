@@ -9,10 +9,9 @@ A notebook declares in its metadata what cannot be read off its code::
             "fetch": "dfc_lib.data.x"}          module whose fetch() downloads what it reads
 
 Its *key* hashes everything that may change its results: its code cells, the library modules they
-import (see :mod:`dfc_lib.provenance`), its inputs' contents, the profile's values, overridden
-parameters, ``requirements.lock`` and the keys of the notebooks it needs. Comments, blank lines,
-markdown and the library's docstrings are left out. Content decides, not times: a git checkout
-scrambles those.
+import (see :mod:`dfc_lib.provenance`), its inputs' contents, the profile's values,
+``requirements.lock`` and the keys of the notebooks it needs. Comments, blank lines, markdown and
+the library's docstrings are left out. Content decides, not times: a git checkout scrambles those.
 
 Standard library only: it runs before anything is known to need running.
 """
@@ -27,7 +26,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from dfc_lib import paths
 from dfc_lib.profiles import Profile
@@ -97,17 +95,6 @@ class Notebook:
                 text = ""
             plain.append(text)
         return plain
-
-    @cached_property
-    def parameters(self) -> dict[str, Any]:
-        """The literals assigned in the cell tagged ``parameters``, by name."""
-        tagged = (c for c in self.content["cells"] if "parameters" in c["metadata"].get("tags", []))
-        found: dict[str, Any] = {}
-        for node in ast.parse("\n".join("".join(cell["source"]) for cell in tagged)).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                with contextlib.suppress(ValueError):
-                    found[node.targets[0].id] = ast.literal_eval(node.value)
-        return found
 
 
 def load_notebooks(root: Path) -> dict[str, Notebook]:
@@ -185,7 +172,9 @@ class Project:
 
     root: Path
     profile: Profile
-    output: Path | None = None  # a folder for results, instead of the profile's own places
+    output: Path | None = (
+        None  # a folder for results, for a check
+    )
     _inputs: dict[str, str] = field(default_factory=dict)
     _keys: dict[str, str] = field(default_factory=dict)
 
@@ -231,7 +220,7 @@ class Project:
     def modules(self) -> Library:
         return Library(self.root)
 
-    def parts(self, name: str, overrides: dict[str, Any] | None = None) -> dict[str, str]:
+    def parts(self, name: str) -> dict[str, str]:
         """Everything the notebook's results depend on: a readable name and a hash for each.
 
         Raises:
@@ -248,17 +237,14 @@ class Project:
             "profile": self.profile.identity,
             "arithmetic": os.environ.get("DFC_ARITHMETIC") or "fixed",
             "its code cells": digest(code_text(text, docstrings=True) for text in notebook.code),
-            **{f"parameter {key}": repr(value) for key, value in (overrides or {}).items()},
             **{module: self.modules.fingerprint(module) for module in names},
             **{item: self._input(item) for item in notebook.declared("inputs")},
             **{need: self._need(need) for need in notebook.declared("needs")},
             "requirements.lock": digest(pin for pin in pins if not pin.startswith("#")),
         }
 
-    def key(self, name: str, overrides: dict[str, Any] | None = None) -> str:
+    def key(self, name: str) -> str:
         """The hash of :meth:`parts`; the ``code_hash`` in the figures' manifest."""
-        if overrides:
-            return digest(sorted(self.parts(name, overrides).items()))
         if name not in self._keys:
             self._keys[name] = digest(sorted(self.parts(name).items()))
         return self._keys[name]
@@ -281,12 +267,12 @@ class Project:
             return json.loads(self.state_file(name).read_text(encoding="utf-8"))
         return None
 
-    def why_stale(self, name: str, overrides: dict[str, Any] | None = None) -> str | None:
+    def why_stale(self, name: str) -> str | None:
         """The first reason why the notebook must run, None when it is fresh."""
         state = self.state(name)
         if state is None:
             return "never run here"
-        now, before = self.parts(name, overrides), state["parts"]
+        now, before = self.parts(name), state["parts"]
         if changed := [part for part in {**before, **now} if now.get(part) != before.get(part)]:
             return f"changed: {', '.join(changed[:3])}" + (" ..." if len(changed) > 3 else "")
         executed = self.executed(name)

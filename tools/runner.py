@@ -1,7 +1,6 @@
 """Executes the notebooks that need it, and only those: the small program behind ``make``.
 
-    python -m tools.runner run     what is stale, in order; --notebook 05, --profile smoke,
-                                     -p NAME=VALUE, --output DIR, --force, --jobs 1
+    python -m tools.runner run     what is stale, in order; --notebook 05, --profile smoke, --jobs 1
     python -m tools.runner status  which notebooks and figures are stale, and why
     python -m tools.runner check   the whole sequence through nbval, marked cells compared
 
@@ -13,7 +12,6 @@ notebook that has to download what it reads, and cannot, keeps its committed res
 """
 
 import argparse
-import ast
 import contextlib
 import filecmp
 import multiprocessing.connection
@@ -25,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from dfc_lib import paths, profiles, store
 from dfc_lib.results.figures import read_manifest
@@ -34,57 +31,34 @@ from tools.execute import Job
 from tools.freshness import CompendiumError, Notebook, Project, select, with_needs
 
 
-def run(
-    project: Project,
-    wanted: Iterable[str] = (),
-    overrides: dict[str, Any] | None = None,
-    *,
-    force: bool = False,
-    jobs: int = 0,
-) -> list[str]:
+def run(project: Project, wanted: Iterable[str] = (), jobs: int = 0) -> list[str]:
     """Execute what is stale among ``wanted`` (default: all) and what those need.
 
-    ``overrides`` and ``project.output`` apply to the wanted notebooks alone. As many as ``jobs``
-    (default: ``Profile.side_by_side``) run at a time, those first on which the longest work waits.
+    As many as ``jobs`` (default: ``Profile.side_by_side``) run at a time, those first on which the
+    longest work waits.
 
     Returns:
         The names of the notebooks that were executed, in the order in which they were done.
 
     Raises:
-        CompendiumError: as :mod:`tools.execute`, once those that had begun are done; or an unknown
-            parameter, or another run in progress.
+        CompendiumError: as :mod:`tools.execute`, once those that had begun are done; or another run
+            in progress.
     """
     notebooks = project.notebooks
-    targets = select(notebooks, wanted) or list(notebooks)
-    if (overrides or project.output) and not wanted:
-        raise CompendiumError("parameters and an output folder go with a notebook: --notebook 05")
-    if overrides and project.published:
-        raise CompendiumError(
-            "the committed notebooks keep their own parameters: name a folder with --output DIR, "
-            "another profile, or edit the cell tagged 'parameters'"
-        )
-    for name in targets:
-        check_overrides(notebooks[name], overrides or {})
-    as_it_stands = Project(project.root, project.profile)
-    order = with_needs(notebooks, targets)
+    order = with_needs(notebooks, select(notebooks, wanted) or notebooks)
     executed, kept = [], []
     started, jobs = time.perf_counter(), jobs or project.profile.side_by_side
 
-    def place(name: str) -> tuple[Project, dict[str, Any]]:
-        return (project, overrides or {}) if name in targets else (as_it_stands, {})
-
     def why(name: str) -> str | None:
-        where, values = place(name)
-        reason = where.why_stale(name, values) or (force and name in targets and "forced") or None
-        if reason and _kept(where, name):
+        reason = project.why_stale(name)
+        if reason and _kept(project, name):
             kept.append(name)
             return None
         return reason
 
     def begin(name: str, reason: str, beside: int) -> Job:
         print(f"[{order.index(name) + 1}/{len(order)}] {name} ({reason})", flush=True)
-        where, values = place(name)
-        return execute.begin(where, name, values, beside)
+        return execute.begin(project, name, beside)
 
     def finish(job: Job) -> None:
         state = execute.finish(job)
@@ -120,7 +94,6 @@ def _in_order(
     begin: Callable[[str, str, int], Job],
     finish: Callable[[Job], None],
     jobs: int,
-    timeout: float | None = None,
 ) -> None:
     """Start each notebook once what it needs has ended, at most ``jobs`` at a time.
 
@@ -129,7 +102,6 @@ def _in_order(
         begin: gets the name, the reason, and how many others run beside it.
         finish: is called when the process has ended. A ``CompendiumError`` of one of the three lets
             those that run come to their end, and nothing more begins.
-        timeout: seconds for all.
     """
     needs = {name: set(notebooks[name].declared("needs")) for name in order}
 
@@ -141,7 +113,6 @@ def _in_order(
     ready: dict[str, str] = {}  # with the reason
     running: list[Job] = []
     failure: CompendiumError | None = None
-    deadline = None if timeout is None else time.monotonic() + timeout
 
     def next_fit() -> str | None:
         pending = {*waiting, *ready, *(job.name for job in running)}
@@ -162,10 +133,7 @@ def _in_order(
                 failure = error
             if not running:
                 break
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ended = multiprocessing.connection.wait([j.process.sentinel for j in running], left)
-            if not ended:
-                raise CompendiumError(f"not done after {timeout:g} s; see --timeout")
+            ended = multiprocessing.connection.wait([j.process.sentinel for j in running])
             for job in [job for job in running if job.process.sentinel in ended]:
                 running.remove(job)
                 try:
@@ -182,27 +150,6 @@ def _in_order(
             job.process.terminate()
         for job in running:
             job.process.join()
-
-
-def check_overrides(notebook: Notebook, overrides: dict[str, Any]) -> None:
-    """Papermill only warns of a parameter that does not exist; here it is an error.
-
-    Raises:
-        CompendiumError: a name is not assigned a literal in the cell tagged ``parameters``, or its
-            new value is of another type.
-    """
-    known = notebook.parameters
-    for name, value in overrides.items():
-        if name not in known or name == "PROFILE":
-            raise CompendiumError(
-                f"{notebook.name} has no parameter {name!r} to override; it has: "
-                f"{', '.join(sorted(set(known) - {'PROFILE'})) or 'none'} (and see --profile)"
-            )
-        old, new = type(known[name]), type(value)
-        if known[name] is not None and new is not old and (old, new) != (float, int):
-            raise CompendiumError(
-                f"{notebook.name}: {name} is {known[name]!r}; {value!r} is of another type"
-            )
 
 
 def status(project: Project) -> str:
@@ -234,17 +181,15 @@ def status(project: Project) -> str:
     return "\n".join(lines if rows else [*lines, "none yet; make figures"])
 
 
-def check(
-    project: Project, wanted: Iterable[str] = (), *, timeout: float = 7200, jobs: int = 0
-) -> int:
+def check(project: Project, wanted: Iterable[str] = (), jobs: int = 0) -> int:
     """Execute the notebooks through nbval, each in a pytest process; returns the first bad status.
 
     Cells marked ``# NBVAL_CHECK_OUTPUT`` are compared with their stored output at every profile,
     those marked ``# REGRESS`` at the published one (``conftest.py``). Figures go to
-    ``build/<profile>/check/figures``; ``timeout`` is in seconds, for all of them.
+    ``build/<profile>/check/figures``. What hangs is ended by the limits of :mod:`tools.execute`.
 
     Raises:
-        CompendiumError: another run is in progress, or time is up.
+        CompendiumError: another run is in progress.
     """
     notebooks = project.notebooks
     targets = with_needs(notebooks, select(notebooks, wanted) or notebooks)
@@ -265,7 +210,7 @@ def check(
     with _alone(project):
         shutil.rmtree(checked.results, ignore_errors=True)
         jobs = jobs or project.profile.side_by_side
-        _in_order(notebooks, targets, why, begin, finish, jobs, timeout)
+        _in_order(notebooks, targets, why, begin, finish, jobs)
     if project.published:
         made = sorted(path.name for path in checked.figures.glob("*.csv"))
         both = checked.figures, project.figures
@@ -296,19 +241,6 @@ def _alone(project: Project) -> Iterator[None]:
         yield
 
 
-def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """``["ALPHA=4", "BLOCK=shared"]`` by name: a Python literal where it is one, else text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise CompendiumError(f"-p takes NAME=VALUE, not {pair!r}")
-        found[name] = text
-        with contextlib.suppress(ValueError, SyntaxError):
-            found[name] = ast.literal_eval(text)
-    return found
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -319,23 +251,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=["run", "status", "check"])
     parser.add_argument("--profile", default=os.environ.get("DFC_PROFILE") or "toy")
     parser.add_argument("--notebook", nargs="+", default=[], metavar="NB", help="default: all")
-    parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="a folder for the results")
-    parser.add_argument("--force", action="store_true", help="run even what is fresh")
     parser.add_argument("--jobs", type=int, default=0, help="notebooks at a time")
-    parser.add_argument("--timeout", type=float, default=7200, help="check: seconds for it all")
     parser.add_argument("--root", type=Path, default=paths.ROOT, help="another compendium")
     options = parser.parse_args(arguments)
     try:
-        output = options.output and options.output.resolve()
-        project = Project(options.root.resolve(), profiles.get(options.profile), output)
+        project = Project(options.root.resolve(), profiles.get(options.profile))
         if options.command == "status":
             print(status(project))
         elif options.command == "check":
-            return check(project, options.notebook, timeout=options.timeout, jobs=options.jobs)
+            return check(project, options.notebook, options.jobs)
         else:
-            overrides = parse_overrides(options.overrides)
-            run(project, options.notebook, overrides, force=options.force, jobs=options.jobs)
+            run(project, options.notebook, options.jobs)
     except (CompendiumError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
