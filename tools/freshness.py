@@ -172,9 +172,7 @@ class Project:
 
     root: Path
     profile: Profile
-    output: Path | None = (
-        None  # a folder for results, for a check
-    )
+    output: Path | None = None  # a folder for results, for a check
     _inputs: dict[str, str] = field(default_factory=dict)
     _keys: dict[str, str] = field(default_factory=dict)
 
