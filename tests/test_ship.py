@@ -3,12 +3,16 @@
 import json
 from dataclasses import replace
 
+import huggingface_hub
 import pandas as pd
 import pytest
 import torch
 
-from dfc_lib import paths, profiles
+from dfc_lib import profiles
 from dfc_lib.crosscoder.checkpoint import load
+from dfc_lib.crosscoder.fidelity import fidelity
+from dfc_lib.crosscoder.model import Crosscoder
+from dfc_lib.crosscoder.partition import Normaliser, Partition
 from dfc_lib.data import activations
 from dfc_lib.data.pair import PairError, verify
 from dfc_lib.reading import switches
@@ -111,6 +115,58 @@ def test_the_chosen_one_is_shipped_with_what_is_needed_to_use_it(
         verify(folder)
 
 
+def test_the_card_states_the_numbers(study, tmp_path):
+    folder = ship.ship(study, tmp_path / "shipped" / "dfc")
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.base_model == [f"{PROFILE.pair}/{PROFILE.model_a}", f"{PROFILE.pair}/base"]
+    assert "dfc_crosscoder" in card.data.tags
+    rows = fidelity(load(folder), study.cache("ranking_last").to_tensor()).set_index("name")
+    for model in "AB":
+        assert f"| {model} | {rows.fve[model]:.4f} |" in card.text
+    for block, models in {"A_exclusive": "A", "B_exclusive": "B", "shared": "A, B"}.items():
+        row = rows.loc[block]
+        numbers = f"{row.n_features:.0f} | {row.l0:.2f} | {row.dead_share:.1%}"
+        assert f"| {block} | {models} | {numbers} |" in card.text
+    assert '"steps": 3' in card.text
+    assert "last prompt token" in card.text
+
+
+@pytest.fixture
+def crosscoder():
+    torch.manual_seed(0)
+    normaliser = Normaliser(torch.randn(2, 8), torch.tensor([1.5, 0.5]))
+    return Crosscoder.create(8, Partition.dedicated(40, 0.1), 3, normaliser)
+
+
+def test_another_folder_is_refused(crosscoder, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"README\.md, not a crosscoder"):
+        ship.write(crosscoder, tmp_path, "card")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    ship.write(crosscoder, tmp_path / "dfc", "card")
+    (tmp_path / "dfc" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        ship.write(crosscoder, tmp_path / "dfc", "card")
+
+
+def test_its_own_folder_is_replaced_whole_or_not_at_all(crosscoder, tmp_path, monkeypatch):
+    folder = tmp_path / "dfc"
+    ship.write(crosscoder, folder, "one")
+    ship.write(crosscoder, folder, "another")
+    assert (folder / "README.md").read_text() == "another"
+    assert (load(folder).normaliser.mean == crosscoder.normaliser.mean).all()
+
+    def fail(*_arguments):
+        raise RuntimeError("no weights")
+
+    monkeypatch.setattr(Crosscoder, "save", fail)
+    with pytest.raises(RuntimeError, match="no weights"):
+        ship.write(crosscoder, folder, "a third")
+    assert (folder / "README.md").read_text() == "another"
+    assert [path.name for path in tmp_path.iterdir()] == ["dfc"]
+
+
 def test_the_shipped_one_is_whole_and_of_this_pair():
     """A pair that was made anew needs `make crosscoder`: features belong to one pair."""
     verify(switches.SHIPPED)
@@ -118,8 +174,7 @@ def test_the_shipped_one_is_whole_and_of_this_pair():
     models = {"A": f"{TOY.pair}/{TOY.model_a}", "B": f"{TOY.pair}/{TOY.model_b}"}
     assert about.models == models
     assert about.layer == TOY.layer
-    files = {name: paths.ROOT / model / "model.safetensors" for name, model in models.items()}
-    assert about.weights == {name: sha256(path) for name, path in files.items()}
+    assert about.weights == ship.checksums(TOY)
 
 
 def test_the_shipped_one_is_of_the_published_profile():

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dfc_lib import paths, profiles
+from dfc_lib import paths
 from tools.dial import measure, pack
 
 
@@ -12,20 +12,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.dial", description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=paths.BUILD / "dial")
-    parser.add_argument("--profile", default="toy")
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="measure with the crosscoders of the build folder (those that it lacks are trained), "
-        "into data/dial for the published profile, else into the profile's build folder",
+        help="into data/dial, with the crosscoders of the build folder; what it lacks is trained",
     )
     options = parser.parse_args(arguments)
     try:
-        profile = profiles.load(options.profile)
         if options.measure:
-            measure.measure(profile)
+            measure.measure()
         else:
-            print(pack.pack(profile, options.out))
+            print(pack.pack(options.out))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,4 @@
-"""What the dial needs of a crosscoder, and what was measured with it, into ``data/dial``
-(for any profile but the published one, into its build folder).
+"""What the dial needs of a crosscoder, and what was measured with it, into ``data/dial``.
 
 The crosscoder and the feature are those that are shipped, by the rule that notebook 02 shows: of
 all seeds of one recipe, the feature whose ablation lowers A's propensity most on the selection
@@ -12,10 +11,8 @@ with the feature's code f on this prompt and the scale s of the model that is st
 feature itself this is ``Steer``, for anything else ``RandomDirection`` with ``Steer`` as its like.
 """
 
-import hashlib
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -23,11 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfc_lib import paths, store
+from dfc_lib import paths, profiles, store
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.data import prompts
 from dfc_lib.data.prompts import Record
-from dfc_lib.profiles import Profile
 from dfc_lib.reading import ranking, switches
 from dfc_lib.steering import evaluation
 from dfc_lib.steering.interventions import (
@@ -39,7 +35,9 @@ from dfc_lib.steering.interventions import (
     random_directions,
 )
 from dfc_lib.study import Study
+from tools import ship
 
+PROFILE = profiles.get("toy")
 DATA = paths.DATA / "dial"
 TENSORS, FACTS = "directions.safetensors", "dial.json"
 CHOICES = (1.5, 2.0, 3.0, 4.0, 8.0)  # the strengths among which notebook 05 chooses
@@ -68,35 +66,6 @@ class Direction(NamedTuple):
     feature: int | None = None
 
 
-def folder_of(profile: Profile) -> Path:
-    """Where what is measured is kept: committed for the published profile, else in its build."""
-    return DATA if profile.published else paths.build(profile.name, "dial")
-
-
-def weights_of(profile: Profile) -> dict[str, Path]:
-    """The weight files of A and B.
-
-    Raises:
-        ValueError: the profile's pair is not in a folder, or sharded.
-    """
-    found = {}
-    for name, model in {"A": profile.model_a, "B": profile.model_b}.items():
-        path = Path(profile.location(model)) / "model.safetensors"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is missing: the dial packs small models whose weights are one file in a "
-                f"folder; choose another profile than {profile.name!r}"
-            )
-        found[name] = path
-    return found
-
-
-def checksums(profile: Profile) -> dict[str, str]:
-    """SHA-256 of both weight files: what was measured belongs to these."""
-    files = weights_of(profile)
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-
-
 # ---------------------------------------------------------------------------------------------
 # which feature, which directions
 
@@ -119,19 +88,14 @@ def find_switch(study: Study) -> Switch:
     Raises:
         ValueError: no feature that writes to A is live on tool prompts.
     """
-    profile = study.profile
-    found = study.crosscoders([switches.RECIPE], range(profile.many_seeds))
-    crosscoders = {seed: crosscoder for (_, seed), crosscoder in found.items()}
-    table = switches.ablations(study, crosscoders)
-    if table.empty:
-        raise ValueError("no feature that writes to A is live on tool prompts: nothing to turn")
-    seed, feature = int(table.seed.iloc[0]), int(table.feature.iloc[0])
-    codec = Codec(crosscoders[seed])
+    crosscoder, best = ship.choose(study)
+    seed, feature = int(best.seed), int(best.feature)
+    codec = Codec(crosscoder)
     cells = {(alpha,): Steer(codec, (feature,), alpha) for alpha in CHOICES}
-    choose_on = study.calls("selection", profile.n_steering // 2)
+    choose_on = study.calls("selection", study.profile.n_steering // 2)
     frame = study.run(cells, choose_on, levels=("alpha",), out_dir=None)
     strength = float(frame.groupby("alpha").lenient.mean().idxmax())
-    return Switch(seed, codec, feature, strength, orders(study, crosscoders[seed]))
+    return Switch(seed, codec, feature, strength, orders(study, crosscoder))
 
 
 def directions(study: Study, switch: Switch) -> list[Direction]:
@@ -243,24 +207,18 @@ def laid_out(tokenizer) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def measure(profile: Profile) -> None:
-    """Write ``directions.safetensors`` and ``dial.json`` into the profile's folder.
+def measure() -> None:
+    """Write ``directions.safetensors`` and ``dial.json`` into ``data/dial``.
 
     Raises:
-        ValueError: the pair is not in a folder, or no prompt flips.
+        ValueError: no prompt flips, or as :func:`find_switch`.
     """
-    sums, folder = checksums(profile), folder_of(profile)
-    study = Study(profile)
+    sums, study = ship.checksums(PROFILE), Study(PROFILE)
     switch = find_switch(study)
     crosscoder = switch.codec.crosscoder
-    if crosscoder.cfg.batchtopk:
-        raise ValueError(
-            f"recipe {switches.RECIPE!r} selects over batches; the dial's page knows TopK alone"
-        )
-    where = f"{switches.RECIPE}, seed {switch.seed}, feature {switch.feature}"
-    print(f"{where}: alpha = {switch.strength:g}")
+    print(f"alpha = {switch.strength:g}")
     dial = directions(study, switch)
-    calls = study.calls("evaluation", profile.n_steering)
+    calls = study.calls("evaluation", PROFILE.n_steering)
     frame = measure_curve(study, switch, dial, calls)
     others = study.no_calls("evaluation", OFFERED["needs no call"])
     beside = measure_curve(study, switch, dial[:1], others)
@@ -272,9 +230,9 @@ def measure(profile: Profile) -> None:
     model, tokenizer = study.pair.models["A"], study.pair.tokenizer
     ceiling = study.evaluate("A", calls, prompts.TRAINING_STYLES[0]).called.mean()
     facts = {
-        "profile": profile.name,
+        "profile": PROFILE.name,
         "weights": sums,
-        "layer": profile.layer,
+        "layer": PROFILE.layer,
         "recipe": switches.RECIPE,
         "seed": switch.seed,
         "k": crosscoder.cfg.k,
@@ -286,7 +244,7 @@ def measure(profile: Profile) -> None:
         "template": laid_out(tokenizer),
         "openers": evaluation.opener_ids(tokenizer),
         "ends": evaluation.end_tokens(model, tokenizer),
-        "max_new_tokens": profile.max_new_tokens,
+        "max_new_tokens": PROFILE.max_new_tokens,
         "n_prompts": len(calls),
         "called_under_training_prompt": round(float(ceiling), 4),
         "alphas": list(ALPHAS),
@@ -301,6 +259,6 @@ def measure(profile: Profile) -> None:
         "row": crosscoder.W_dec[switch.feature, 0],
         "directions": torch.stack([d.unit for d in dial]),
     }
-    store.save_tensors({k: v.float().cpu() for k, v in tensors.items()}, folder / TENSORS)
-    store.write_atomically(folder / FACTS, json.dumps(facts, indent=1) + "\n")
-    print(f"wrote {folder / TENSORS} and {FACTS}")
+    store.save_tensors({k: v.float() for k, v in tensors.items()}, DATA / TENSORS)
+    store.write_atomically(DATA / FACTS, json.dumps(facts, indent=1) + "\n")
+    print(f"wrote {DATA / TENSORS} and {FACTS}")
