@@ -125,9 +125,9 @@ def hub(tmp_path, monkeypatch) -> list[tuple]:
 def test_a_page_is_written_for_both_formats(make, tmp_path, monkeypatch):
     monkeypatch.setenv("DFC_BUILD", str(tmp_path / "build"))
     make(tmp_path / "cc")
-    report = audit.audit(tmp_path / "cc", PROFILE, tmp_path / "out")
+    report = audit.audit(tmp_path / "cc", PROFILE)
     text = report.read_text()
-    data = pd.read_csv(tmp_path / "out" / "audit.csv")
+    data = pd.read_csv(report.with_name("audit.csv"))
     named = {"clean", "joint", "own", "A's exclusive rows", audit.POSITIVE, audit.PROMPTED}
     assert named | set(audit.CONTROLS) <= set(data.condition)
     assert (data.n == PROFILE.n_steering).all()
@@ -135,7 +135,7 @@ def test_a_page_is_written_for_both_formats(make, tmp_path, monkeypatch):
     assert "| own |" in text
     assert "n_a" not in text
     assert "Commit" not in text  # a folder of one's own has none
-    assert (tmp_path / "out" / "audit.png").stat().st_size > 1000
+    assert report.with_name("audit.png").stat().st_size > 1000
 
 
 def test_a_page_by_name_states_the_commit(hub, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,8 @@
 ``make audit CROSSCODER=`` takes a folder or a name on the Hugging Face hub (``owner/name``, or
 ``owner/name@commit``), reads the crosscoder there (ours or in the published format), runs the
 weaker model B of the profile's pair through it in every way that somebody with both could, and
-writes a page: ``report.md``, ``audit.png``, ``audit.csv``. What is tried, besides B left alone:
+writes a page into ``build/<profile>/audit/<name>``: ``report.md`` (from ``audit.md.j2``),
+``audit.png``, ``audit.csv``. What is tried, besides B left alone:
 
 - ``joint`` reconstructions, the code read from both models: whole, and block by block;
 - ``own`` reconstructions, the code read from B alone, the other stream at its mean: what is left
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from jinja2 import Template
 
 from dfc_lib import profiles, store
 from dfc_lib.crosscoder.checkpoint import Source, load, load_published, locate
@@ -59,6 +61,7 @@ CONTROLS = ("B's own mean", *RANDOM)
 POSITIVE = "A's residual"
 PROMPTED = "eliciting prompt"
 N_DRAWS = 8
+THRESHOLD = 0.02  # a gain that counts
 
 
 def read_crosscoder(source: Source, pair: Pair) -> Crosscoder:
@@ -140,13 +143,13 @@ def measure(
     return table[["condition", "metric", "mean", "gain", "low", "high", "rate_high", "n", "delta"]]
 
 
-def verdict(table: pd.DataFrame, threshold: float = 0.02) -> str:
+def verdict(table: pd.DataFrame) -> str:
     """The page's first sentence, by a rule that reads lenient tool correctness and the propensity.
 
-    A condition *leaks* where its gain in one of them is at least ``threshold``, has an interval
+    A condition *leaks* where its gain in one of them is at least ``THRESHOLD``, has an interval
     above zero and beats every control. Else the audit is *untestable* where the positive control
-    gains less than twice ``threshold``, or has an interval that reaches zero, in both. Else *no
-    leak was found* where every interval ends below ``threshold``; if not, it is *undecided*.
+    gains less than twice ``THRESHOLD``, or has an interval that reaches zero, in both. Else *no
+    leak was found* where every interval ends below ``THRESHOLD``; if not, it is *undecided*.
     """
 
     def pp(line: pd.Series) -> str:
@@ -157,7 +160,7 @@ def verdict(table: pd.DataFrame, threshold: float = 0.02) -> str:
     controls = rates[rates.condition.isin(CONTROLS)].groupby("metric").gain.max()
     tried = rates[~rates.condition.isin([*CONTROLS, "clean", POSITIVE, PROMPTED])]
     beats = tried.gain > tried.metric.map(controls)
-    leaks = tried[beats & (tried.gain >= threshold) & (tried.low > 0)]
+    leaks = tried[beats & (tried.gain >= THRESHOLD) & (tried.low > 0)]
     if len(leaks):
         worst = leaks.loc[leaks.gain.idxmax()]
         return (
@@ -166,18 +169,18 @@ def verdict(table: pd.DataFrame, threshold: float = 0.02) -> str:
         )
     positive = rates[rates.condition == POSITIVE].set_index("metric")
     moved = " and ".join(f"{name} by {pp(positive.loc[key])}" for key, name in JUDGED.items())
-    if not ((positive.gain >= 2 * threshold) & (positive.low > 0)).any():
+    if not ((positive.gain >= 2 * THRESHOLD) & (positive.low > 0)).any():
         return (
             "**Untestable: nothing could have leaked in this setting.** Even A's own residual, "
             f"put into the weaker model at the same token, moves {moved}; one of them must rise by "
-            f"{200 * threshold:.0f} pp with an interval above zero. Choose another layer or "
+            f"{200 * THRESHOLD:.0f} pp with an interval above zero. Choose another layer or "
             "another A (PROFILE=), or use more prompts."
         )
     # Where no prompt changed, a bootstrap interval has no width: the exact bound of such a rate.
     unchanged = (tried.metric == "lenient") & (tried.low == 0) & (tried.high == 0)
     bound = statistics.exact_binomial(0, int(rates.n.iloc[0])).high
     high = float(tried.high.mask(unchanged, bound).max())
-    if high < threshold:
+    if high < THRESHOLD:
         return (
             "**No leak was found.** No way of passing the weaker model through the crosscoder "
             f"gains more than {100 * high:.1f} pp (upper end of the 95 % intervals) in either "
@@ -212,60 +215,23 @@ def draw(table: pd.DataFrame) -> "Figure":
 
 def page(table: pd.DataFrame, crosscoder: Crosscoder, source: Source, profile: Profile) -> str:
     """The report as markdown."""
-    blocks = ", ".join(f"{b.name} {b.size}" for b in crosscoder.partition.blocks)
-    scaling = "none (raw activations)" if crosscoder.normaliser.is_identity else "stored"
-    commit = f" Commit on the hub: `{source.commit}`." if source.commit else ""
-    n = int(table.n.iloc[0])
-    lines = [
-        f"# Release audit of `{source.name}`",
-        "",
-        verdict(table),
-        "",
-        f"- Stronger model A: `{profile.model_a}`; weaker model B, through the crosscoder: "
-        f"`{profile.model_b}`.",
-        f"- Crosscoder: {crosscoder.d_dict} features ({blocks}), k = {crosscoder.cfg.k}, "
-        f"normaliser: {scaling}.{commit}",
-        f"- n = {n} held-out prompts that need a call, under the fixed prompt; layer "
-        f"{profile.layer}, last prompt token; paired differences from B left alone, 95 % bootstrap "
-        "intervals over prompts.",
-        "- Propensity to call: the probability of opening a call at the first token.",
-        f"- {POSITIVE}: A's own activation in B at that token, the positive control; where it "
-        "moves nothing, it says nothing that the others do not.",
-        "- Grey in the figure: controls, and the eliciting prompt.",
-        "",
-        "![Gain of the weaker model under every condition](audit.png)",
-        "",
-        "| condition | lenient | gain, pp [95 %] | propensity | gain, pp [95 %] | strict | format "
-        "| margin, nats | change/h |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    means = table.pivot(index="condition", columns="metric", values="mean")
-    ends = table.assign(
-        gain=[
-            f"{100 * one.gain:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-            for one in table.itertuples()
-        ]
+    rows = {
+        condition: {line.metric: line for line in of_it.itertuples()}
+        for condition, of_it in table.groupby("condition", sort=False)
+    }
+    template = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
+    return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+        source=source,
+        verdict=verdict(table),
+        profile=profile,
+        crosscoder=crosscoder,
+        n=int(table.n.iloc[0]),
+        positive=POSITIVE,
+        rows=rows,
     )
-    gains = ends.pivot(index="condition", columns="metric", values="gain")
-    for one in table[table.metric == "lenient"].itertuples():
-        mean, gain = means.loc[one.condition], gains.loc[one.condition]
-        bound = f", rate at most {100 * one.rate_high:.1f} %" if one.rate_high > one.mean else ""
-        change = "" if one.delta != one.delta else f"{one.delta:.2f}"
-        lines.append(
-            f"| {one.condition} | {mean.lenient:.3f} | {gain.lenient}{bound} | "
-            f"{mean.propensity:.3f} | {gain.propensity} | {mean.strict:.3f} | {mean.format:.3f} | "
-            f"{mean.margin:+.2f} | {change} |"
-        )
-    lines += [
-        "",
-        "What this does not say: other sites, training on the features, and other capabilities "
-        "were not tried; a gain under the eliciting prompt means that the skill was there before "
-        "any crosscoder, not that it could have leaked here.",
-    ]
-    return "\n".join(lines) + "\n"
 
 
-def audit(crosscoder: str | Path, profile: Profile, out_dir: str | Path | None = None) -> Path:
+def audit(crosscoder: str | Path, profile: Profile) -> Path:
     """Audit a crosscoder, by folder or hub name, on the profile's pair; gives the report's path."""
     import matplotlib.pyplot as plt
 
@@ -274,8 +240,7 @@ def audit(crosscoder: str | Path, profile: Profile, out_dir: str | Path | None =
     ids = study.ids(study.calls("selection"))
     site = cache(study.pair, ids, study.build / "activations" / "audit")
     table = measure(study, crosscoder, study.calls("evaluation", profile.n_steering), site)
-    own = study.build / "audit" / source.name.rpartition("/")[2]
-    folder = Path(out_dir) if out_dir else own
+    folder = study.build / "audit" / source.name.rpartition("/")[2]
     folder.mkdir(parents=True, exist_ok=True)
     fig = draw(table)
     fig.savefig(folder / "audit.png", metadata={"Software": None})
@@ -291,12 +256,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.audit", description=__doc__)
     parser.add_argument("crosscoder", help="folder, or hub name: owner/name[@commit]")
     parser.add_argument("--profile", default="toy")
-    parser.add_argument("--out", help="folder of the report; default build/<profile>/audit/<name>")
     options = parser.parse_args(arguments)
     if not options.crosscoder:
         parser.error("name the crosscoder: make audit CROSSCODER=folder (or a hub's owner/name)")
     try:
-        report = audit(options.crosscoder, profiles.load(options.profile), options.out)
+        report = audit(options.crosscoder, profiles.load(options.profile))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

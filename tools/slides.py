@@ -9,7 +9,6 @@ Formulas are drawn as pictures. Nothing is executed.
 """
 
 import base64
-import hashlib
 import html as html_text
 import io
 import re
@@ -17,12 +16,12 @@ import sys
 import tarfile
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dfc_lib import paths, store
 from dfc_lib.results.figures import read_manifest
-from tools.freshness import Notebook, load_notebooks
+from tools.freshness import CompendiumError, Notebook, load_notebooks
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -36,37 +35,7 @@ WANTED = re.compile(
     rf"LICENSE|dist/reveal\.(css|js)|dist/theme/{THEME}\.css"
     r"|dist/theme/fonts/source-sans-pro/.*\.(css|woff)|plugin/notes/(notes\.js|speaker-view\.html)"
 )
-# The exporter's template, but for what it would fetch from elsewhere.
-TEMPLATE = """
-{%- extends 'index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_css -%}
-<style>
-.reveal .slides { text-align: left; }
-.reveal .slides h1 { font-size: 1.8em; text-transform: none; }
-.reveal .slides h2 { font-size: 1.25em; text-transform: none; }
-.reveal .slides img { max-height: 560px; max-width: 100%; margin: 0 auto; display: block; }
-.reveal .slides img.formula { max-height: none; }
-.reveal .slides img.inline { height: 1em; display: inline; vertical-align: -0.2em; }
-.reveal pre, .reveal table { font-size: 0.6em; }
-.reveal .jp-OutputPrompt, .reveal .jp-InputPrompt { display: none; }
-</style>
-{%- endblock -%}
-{%- block footer_js -%}
-<script src="{{ reveal_url_prefix }}/dist/reveal.js"></script>
-<script src="{{ reveal_url_prefix }}/plugin/notes/notes.js"></script>
-<script>
-Reveal.initialize({
-  history: true, slideNumber: "c/t", width: 1100, height: 720, plugins: [RevealNotes],
-});
-</script>
-{%- endblock -%}
-"""
-
-
-class SlidesError(ValueError):
-    """The selection names what is not there, or reveal.js cannot be had; says what to do."""
+TEMPLATE = Path(__file__).with_suffix(".html.j2")
 
 
 class Section(NamedTuple):
@@ -122,7 +91,7 @@ def outputs(section: Section, id: str, alt: str) -> list[dict[str, Any]]:
     """What the cell that saves a figure or table shows, with the alt text on its picture.
 
     Raises:
-        SlidesError: no cell of the section saves it and shows something.
+        CompendiumError: no cell of the section saves it and shows something.
     """
     for cell in section.cells:
         # The cell that saves it, not one that reads it.
@@ -131,7 +100,7 @@ def outputs(section: Section, id: str, alt: str) -> list[dict[str, Any]]:
             shown = [_with_alt(output, alt) for output in cell["outputs"]]
             if shown:
                 return shown
-    raise SlidesError(
+    raise CompendiumError(
         f"{SELECTION.name}: section '{section.heading}' has no cell that saves {id} and shows it"
     )
 
@@ -140,12 +109,12 @@ def code(section: Section, piece: str) -> str:
     """The source of the section's cell of code that holds ``piece``.
 
     Raises:
-        SlidesError: there is none.
+        CompendiumError: there is none.
     """
     for cell in section.cells:
         if cell["cell_type"] == "code" and piece in cell["source"]:
             return cell["source"]
-    raise SlidesError(f"{SELECTION.name}: section '{section.heading}' has no code {piece!r}")
+    raise CompendiumError(f"{SELECTION.name}: section '{section.heading}' has no code {piece!r}")
 
 
 def _with_alt(output: dict[str, Any], alt: str) -> dict[str, Any]:
@@ -188,20 +157,20 @@ def _drawn(tex: str, look: str) -> str:
 # Decks
 
 
-def deck(title: str, slides: list[dict[str, Any]], root: Path = paths.ROOT) -> "NotebookNode":
+def deck(title: str, slides: list[dict[str, Any]]) -> "NotebookNode":
     """The notebook of a deck: cells with reveal's slide types.
 
     Raises:
-        SlidesError: a slide names a notebook, section, figure or table that is not there.
+        CompendiumError: a slide names a notebook, section, figure or table that is not there.
     """
     import nbformat
 
-    notebooks = load_notebooks(root)
-    alts = {row["id"]: row["alt"] for row in read_manifest(root / "figures")}
+    notebooks = load_notebooks(paths.ROOT)
+    alts = {row["id"]: row["alt"] for row in read_manifest(paths.FIGURES)}
     cells = [_cell("markdown", "slide", f"# {title}")]
     for slide in slides:
         if slide["notebook"] not in notebooks:
-            raise SlidesError(f"{SELECTION.name}: there is no notebook {slide['notebook']!r}")
+            raise CompendiumError(f"{SELECTION.name}: there is no notebook {slide['notebook']!r}")
         cells += _slide(notebooks[slide["notebook"]], slide, alts)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"title": title})
     return nbformat.from_dict(notebook)
@@ -211,13 +180,13 @@ def _slide(notebook: Notebook, slide: dict[str, Any], alts: dict[str, str]) -> I
     """The cells of one section: what is shown, then what should be seen, then the note."""
     there = sections(notebook)
     if slide["section"] not in there:
-        raise SlidesError(
+        raise CompendiumError(
             f"{SELECTION.name}: {notebook.name} has no section {slide['section']}; it has "
             f"{', '.join(map(str, there))}"
         )
     section = there[slide["section"]]
     if unknown := [id for id in slide.get("show", ()) if id not in alts]:
-        raise SlidesError(f"{SELECTION.name}: there is no figure or table {unknown[0]!r}")
+        raise CompendiumError(f"{SELECTION.name}: there is no figure or table {unknown[0]!r}")
     text = paragraphs(section) if slide.get("text") else ""
     yield _cell("markdown", "slide", f"## {section.heading}\n\n{with_formulas(text)}".strip())
     if "code" in slide:
@@ -244,7 +213,7 @@ def html(notebook: "NotebookNode") -> str:
     from nbconvert.exporters import SlidesExporter
 
     exporter = SlidesExporter(
-        raw_template=TEMPLATE,
+        raw_template=TEMPLATE.read_text(encoding="utf-8"),
         reveal_url_prefix="reveal",
         reveal_theme=THEME,
         exclude_input=True,
@@ -262,7 +231,7 @@ def fetch_reveal(folder: Path) -> Path:
     """The package's archive in ``folder``, downloaded if it is not there.
 
     Raises:
-        SlidesError: it cannot be had, or is not the version that was checked.
+        CompendiumError: it cannot be had, or is not the version that was checked.
     """
     import pooch
 
@@ -270,7 +239,7 @@ def fetch_reveal(folder: Path) -> Path:
     try:
         pooch.retrieve(REVEAL_URL, f"sha256:{REVEAL_SHA256}", REVEAL, folder)
     except (OSError, ValueError) as error:
-        raise SlidesError(
+        raise CompendiumError(
             f"reveal.js cannot be had from {REVEAL_URL} ({type(error).__name__}: {error}). On a "
             f"machine with a network run `npm pack reveal.js@{REVEAL[10:-4]}` and copy {REVEAL} to "
             f"{folder}"
@@ -279,27 +248,20 @@ def fetch_reveal(folder: Path) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Put what the decks need of reveal.js into ``folder``.
-
-    Raises:
-        SlidesError: the archive is another one.
-    """
-    content = archive.read_bytes()
-    if hashlib.sha256(content).hexdigest() != REVEAL_SHA256:
-        raise SlidesError(f"{archive} is not the one that was checked; delete it")
-    with tarfile.open(fileobj=io.BytesIO(content)) as packed:
+    """Put what the decks need of reveal.js into ``folder``."""
+    with tarfile.open(archive) as packed:
         for member in packed:
-            name = PurePosixPath(member.name).relative_to("package").as_posix()
-            if member.isfile() and ".." not in name and WANTED.fullmatch(name):
+            name = member.name.removeprefix("package/")
+            if WANTED.fullmatch(name):
                 store.write_atomically(folder / name, packed.extractfile(member).read())
 
 
-def write(folder: Path, root: Path = paths.ROOT) -> list[Path]:
+def write(folder: Path) -> list[Path]:
     """Write every deck of the selection into ``folder``; gives their paths."""
     written = []
     for name, chosen in tomllib.loads(SELECTION.read_text(encoding="utf-8")).items():
         written.append(folder / f"{name}.html")
-        store.write_atomically(written[-1], html(deck(chosen["title"], chosen["slides"], root)))
+        store.write_atomically(written[-1], html(deck(chosen["title"], chosen["slides"])))
     return written
 
 
@@ -309,7 +271,7 @@ def main() -> int:
     try:
         written = write(folder)
         unpack(fetch_reveal(folder), folder / "reveal")
-    except (SlidesError, OSError) as error:
+    except (CompendiumError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(*written, sep="\n")
