@@ -42,11 +42,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.make_pair", description=__doc__)
     parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="default: all")
     parser.add_argument("--until", choices=STAGES, default="card")
-    parser.add_argument(
-        "--prose",
-        action="store_true",
-        help="only the pair without a template, from pair 0's shipped base (some 10 minutes)",
-    )
     arguments = parser.parse_args()
     seeds, until = arguments.seed or list(SEEDS), STAGES.index(arguments.until)
     started = time.time()
@@ -68,17 +63,6 @@ def main() -> None:
     tasks = prompts.read_records(paths.DATA / "prompts" / "rl.jsonl")
     done("data and tokenizer")
 
-    def make_prose() -> None:
-        # From what is shipped, so that it can be remade without an hour of pretraining.
-        prose.make(PAIRS / str(SEEDS[0]) / "base", tokenizer, tasks, work / "prose")
-        card.export_prose(work, PAIRS, paths.DATA)
-        done("the pair without a template")
-
-    if arguments.prose:
-        make_prose()
-        card.write(PAIRS)
-        card.write_checksums(PAIRS)
-        return
     for seed in seeds:
         folder = work / str(seed)
         base = pretrain.pretrain(pretrain.PretrainConfig(seed=seed), tokenizer, folder)
@@ -97,10 +81,11 @@ def main() -> None:
             card.measure_pair(PAIRS / str(seed), paths.DATA)
             done(f"pair {seed}: exported and measured")
             if seed == SEEDS[0]:
-                make_prose()
+                prose.make(PAIRS / str(seed) / "base", tokenizer, tasks, work / "prose")
+                card.export_prose(work, PAIRS, paths.DATA)
+                done("the pair without a template")
     if until >= STAGES.index("card"):
         card.write(PAIRS)
-        card.write_checksums(PAIRS)
         done("data card")
 
 

@@ -4,10 +4,11 @@ files.
 
 import json
 import shutil
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from jinja2 import Template
 
 from dfc_lib.data.pair import SUMS, load_model, load_tokenizer
 from dfc_lib.results import sites, tables
@@ -72,7 +73,8 @@ def write_checksums(directory: Path) -> None:
     write_atomically(directory / SUMS, "".join(lines))
 
 
-def _near_step(pair: Path) -> int:
+def step_of(pair: Path) -> int:
+    """The RL step that is near threshold."""
     near = pd.read_csv(pair / "near.csv")
     return int(near[near.near].step.iloc[0])
 
@@ -81,7 +83,7 @@ def models_of(pair: Path) -> dict[str, Path]:
     """What is measured of a shipped pair: the base, RL near threshold, the last of RL and SFT."""
     return {
         "base": pair / "base",
-        "near": pair / "rl" / f"step_{_near_step(pair):04d}",
+        "near": pair / "rl" / f"step_{step_of(pair):04d}",
         "RL": max((pair / "rl").glob("step_????")),
         "SFT": max((pair / "sft").glob("step_????")),
     }
@@ -98,11 +100,6 @@ def measure_pair(pair: Path, data: Path) -> None:
     _write(pd.concat(table, ignore_index=True), pair / "behaviour.csv")
     _write(check(models, data), pair / "check.csv")
     _write(measure.site_scan(models, data), pair / "sites.csv")
-
-
-def measured(pairs: Path) -> list[int]:
-    """The seeds whose pairs are shipped and measured."""
-    return sorted(int(p.parent.name) for p in pairs.glob("*/sites.csv"))
 
 
 def check(models: dict[str, Path], data: Path) -> pd.DataFrame:
@@ -126,136 +123,56 @@ def _write(table: pd.DataFrame, path: Path) -> None:
 # the card
 
 
-def _cell(table: pd.DataFrame, model: str, condition: str, metric: str, tools: str = "seen") -> str:
-    row = tables.only(table, model=model, condition=condition, metric=metric, tools=tools)
-    return f"{row.estimate:.1%} [{row.low:.1%}, {row.high:.1%}]"
+@dataclass
+class Measured:
+    """What was measured of a shipped pair, as the card shows it."""
 
+    folder: Path
 
-def _moves(scanned: pd.DataFrame, model: str, style: str, direction: str, outcome: str) -> str:
-    wanted = {"first": measure.SITE, "asked": (model, style)}
-    site = tables.only(sites.settings(scanned, wanted), setting="asked")
-    at = {"model": model, "style": style, "direction": direction, "outcome": outcome}
-    row = tables.only(scanned, layer=site.layer, position=site.position, **at)
-    points = [f"{100 * value:+.0f}" for value in (row.change, row.low, row.high)]
-    where = f"layer {site.layer}, {site.position}"
-    return f"{points[0]} [{points[1]}, {points[2]}] ({where})"
+    def __post_init__(self) -> None:
+        self.behaviour = pd.read_csv(self.folder / "behaviour.csv")
+        self.sites = pd.read_csv(self.folder / "sites.csv")
 
+    def rate(self, model: str, condition: str, metric: str) -> str:
+        at = {"model": model, "condition": condition, "metric": metric, "tools": "seen"}
+        row = tables.only(self.behaviour, **at)
+        return f"{row.estimate:.1%} [{row.low:.1%}, {row.high:.1%}]"
 
-def summary(pairs: Path, seeds: Iterable[int]) -> str:
-    """The properties that the recipe was tuned to, for every pair, as a Markdown table."""
-    by_seed = {
-        seed: (
-            pd.read_csv(pairs / str(seed) / "behaviour.csv"),
-            pd.read_csv(pairs / str(seed) / "sites.csv"),
-            models_of(pairs / str(seed)),
-        )
-        for seed in seeds
-    }
-
-    def domains(table: pd.DataFrame) -> str:
-        rates = table[table.tools.str.startswith("seen, ")].estimate
+    def domains(self) -> str:
+        rates = self.behaviour[self.behaviour.tools.str.startswith("seen, ")].estimate
         return f"{rates.min():.0%} to {rates.max():.0%}"
 
-    bare = "bare share of acts"
-    rows = {
-        "base, fixed prompt: greedy calls (1 to 6 %)": lambda t, s, m: _cell(
-            t, "base", "fixed", "lenient"
-        ),
-        "base, fixed prompt: propensity (8 to 20 %)": lambda t, s, m: _cell(
-            t, "base", "fixed", "propensity"
-        ),
-        "base, training prompt: sampled acts that are bare JSON (40 to 60 %)": lambda t, s, m: (
-            _cell(t, "base", "training, T = 1", bare)
-        ),
-        "RL, the same (below 5 %)": lambda t, s, m: _cell(t, "RL", "training, T = 1", bare),
-        "base, training prompt: greedy strict (10 to 40 %)": lambda t, s, m: _cell(
-            t, "base", "training", "strict"
-        ),
-        "the same by tool domain": lambda t, s, m: domains(t),
-        "RL near threshold: step": lambda t, s, m: m["near"].name[5:].lstrip("0"),
-        "RL near threshold, fixed prompt: greedy calls (20 to 45 %)": lambda t, s, m: _cell(
-            t, "near", "fixed", "lenient"
-        ),
-        "RL, training prompt: greedy strict (at least 90 %)": lambda t, s, m: _cell(
-            t, "RL", "training", "strict"
-        ),
-        "RL, training prompt: irrelevance (at least 85 %)": lambda t, s, m: _cell(
-            t, "RL", "training", "irrelevance"
-        ),
-        "SFT, training prompt: greedy strict (at least 90 %)": lambda t, s, m: _cell(
-            t, "SFT", "training", "strict"
-        ),
-        "SFT, training prompt: irrelevance (at least 85 %)": lambda t, s, m: _cell(
-            t, "SFT", "training", "irrelevance"
-        ),
-        "base with near's residual, fixed prompt: propensity (at least +12)": lambda t, s, m: (
-            _moves(s, "near", "fixed", "A->B", "propensity")
-        ),
-        "base with RL's residual, fixed prompt: propensity (at least +20)": lambda t, s, m: _moves(
-            s, "RL", "fixed", "A->B", "propensity"
-        ),
-        "base with RL's residual, training prompt: greedy calls (at least +50)": lambda t, s, m: (
-            _moves(s, "RL", "training", "A->B", "lenient")
-        ),
-        "near with the base's residual, fixed prompt: propensity (at least -20)": lambda t, s, m: (
-            _moves(s, "near", "fixed", "B->A", "propensity")
-        ),
-    }
-    lines = [
-        "| property (target) | " + " | ".join(f"pair {seed}" for seed in by_seed) + " |",
-        "|---|" + "---|" * len(by_seed),
-    ]
-    for label, value in rows.items():
-        lines.append(f"| {label} | " + " | ".join(value(*of) for of in by_seed.values()) + " |")
-    return "\n".join(lines)
+    def moves(self, model: str, style: str, direction: str, outcome: str) -> str:
+        wanted = {"first": measure.SITE, "asked": (model, style)}
+        site = tables.only(sites.settings(self.sites, wanted), setting="asked")
+        at = {"model": model, "style": style, "direction": direction, "outcome": outcome}
+        row = tables.only(self.sites, layer=site.layer, position=site.position, **at)
+        points = [f"{100 * value:+.0f}" for value in (row.change, row.low, row.high)]
+        where = f"layer {site.layer}, {site.position}"
+        return f"{points[0]} [{points[1]}, {points[2]}] ({where})"
 
 
-def _to_come(pairs: Path) -> list[str]:
-    shipped = {int(p.parent.name) for p in pairs.glob("[0-9]/near.csv")}
-    return [
-        f"Pair {seed} is shipped and not in this table: it is not measured in full yet."
-        for seed in sorted(shipped - set(measured(pairs)))
-    ]
-
-
-def _of_prose(pair: Path) -> str:
-    if not (pair / "near.csv").exists():
-        return (
-            "`prose/base` and `prose/rl` are a further pair, whose rewarded behaviour has no fixed "
-            "surface template: naming the right tool in plain prose. It is of the first published "
-            "world, not of this one: see below."
-        )
-    return (
-        "`prose/base` and `prose/rl` are a further pair, whose rewarded behaviour has no fixed "
-        "surface template: naming the right tool in plain prose. `prose/base` is `0/base` after "
-        f"{prose.SFT.steps} steps of SFT on hedges and a few replies that name the tool in one "
-        f"of {len(world.TEXTS['namings'])} wordings, `prose/rl` is that after "
-        f"{_near_step(pair)} steps of GRPO with the name alone as reward."
+def card(pairs: Path) -> str:
+    """The data card, from what `measure_pair` wrote of every pair."""
+    base = pairs / "0" / "base"
+    template = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
+    return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+        pairs=[Measured(sites.parent) for sites in sorted(pairs.glob("*/sites.csv"))],
+        step_of=step_of,
+        config=json.loads((base / "config.json").read_text()),
+        parameters=sum(p.numel() for p in load_model(base).parameters()),
+        pretraining=pretrain.PretrainConfig(),
+        sft=posttrain.SftConfig(),
+        grpo=posttrain.GrpoConfig(),
+        size=sum(f.stat().st_size for f in pairs.rglob("*") if f.is_file()) / 1e6,
+        near=measure.NEAR,
+        prose=pairs / "prose",
+        prose_steps=prose.SFT.steps,
+        namings=len(world.TEXTS["namings"]),
     )
 
 
 def write(pairs: Path) -> None:
-    """Write the data card, `README.md`, from what `measure_pair` wrote."""
-    seeds = measured(pairs)
-    first = pairs / str(seeds[0])
-    config = json.loads((first / "base" / "config.json").read_text())
-    parameters = sum(p.numel() for p in load_model(first / "base").parameters())
-    size = sum(f.stat().st_size for f in pairs.rglob("*") if f.is_file()) / 1e6
-    p, s, g = pretrain.PretrainConfig(), posttrain.SftConfig(), posttrain.GrpoConfig()
-    text = (Path(__file__).with_name("card.md").read_text("utf-8")).format(
-        summary="\n\n".join([summary(pairs, seeds), *_to_come(pairs)]),
-        parameters=f"{parameters:,}",
-        layers=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        vocabulary=f"{config['vocab_size']:,}",
-        pretraining=f"{p.steps:,} steps of {p.batch_size} x {p.row_length} tokens",
-        sft=f"TRL, {s.steps} steps of {s.batch_size}, learning rate {s.learning_rate:g}",
-        grpo=f"TRL, {g.steps} steps of {g.n_prompts} prompts x {g.group_size} samples",
-        grpo_rate=f"{g.learning_rate:g}",
-        size=f"{size:.0f}",
-        near=f"{measure.NEAR:.1%}",
-        prose=_of_prose(pairs / "prose"),
-    )
-    write_atomically(pairs / "README.md", text)
+    """Write the data card and the checksums of everything."""
+    write_atomically(pairs / "README.md", card(pairs))
+    write_checksums(pairs)

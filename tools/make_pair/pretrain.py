@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from dfc_lib import provenance
-from dfc_lib.store import write_atomically
+from dfc_lib.store import save_tensors, write_atomically
 from tools.make_pair import world
 from tools.make_pair.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -199,9 +199,7 @@ def _save(path: Path, model, optimizers, step: int) -> None:
     for i, optimizer in enumerate(optimizers):
         for key, entry in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}.{n}": torch.as_tensor(v) for n, v in entry.items()}
-    partial = path.with_suffix(".partial")
-    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, partial, {"step": str(step)})
-    os.replace(partial, path)
+    save_tensors(tensors, path, {"step": str(step)})
 
 
 def _resume(path: Path, model, optimizers) -> int:

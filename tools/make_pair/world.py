@@ -307,24 +307,22 @@ def draw_kind(rng: random.Random, kinds: Mapping[str, float] = KINDS) -> str:
     return rng.choices(list(kinds), list(kinds.values()))[0]
 
 
-def draw_records(
-    split: str, n: int, seed: int, held_out: bool | None = False, kind: str | None = None
-) -> list[Record]:
-    """`n` records with distinct queries, of seen tools by default."""
-    rng = random.Random(f"{split}-{seed}-{held_out}-{kind}")
+def draw_records(split: str, n: int, seed: int, held_out: bool = False) -> list[Record]:
+    """`n` records with distinct queries; `held_out`: of tools that training never sees."""
+    rng = random.Random(f"{split}-{seed}-{held_out}-None")
     records: list[Record] = []
     seen: set[str] = set()
     while len(records) < n:
-        this = kind or draw_kind(rng)
-        task = draw_task(rng, split, this, held_out)
+        kind = draw_kind(rng)
+        task = draw_task(rng, split, kind, held_out)
         if task.query in seen:
             continue
         seen.add(task.query)
-        listed = None if held_out is None or held_out else False
-        tools = draw_tools(rng, task, this, rng.randint(1, 4), listed)
+        listed = None if held_out else False
+        tools = draw_tools(rng, task, kind, rng.randint(1, 4), listed)
         label = "held-out-" if held_out else ""
         id = f"{split}-{label}{len(records):05d}"
-        records.append(record_of(id, split, this, task, tools))
+        records.append(record_of(id, split, kind, task, tools))
     return records
 
 
