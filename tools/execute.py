@@ -228,7 +228,7 @@ def finish(job: Job) -> dict:
     """Put a notebook and its figures in their places, if its process ended well.
 
     Returns:
-        What is recorded: ``key, parts, outputs_sha256, files`` (sha256 by name), ``seconds``.
+        What is recorded: ``parts, outputs_sha256, files`` (sha256 by name), ``seconds``.
 
     Raises:
         CompendiumError: a cell raised, the kernel died, or an output shows a path of this
@@ -240,7 +240,6 @@ def finish(job: Job) -> dict:
         raise CompendiumError(report or f"{job.name}: its process ended with status {status}")
     text = _settle(job, project.notebooks[job.name])
     state = {
-        "key": job.key,
         "parts": job.parts,
         "outputs_sha256": outputs_digest(text),
         "files": publish_figures(job),

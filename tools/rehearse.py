@@ -15,14 +15,16 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Template
 
 from dfc_lib import paths, profiles, store
 from dfc_lib.profiles import Profile
 from tools import budget, runner
-from tools.freshness import CompendiumError, Project, select
+from tools.freshness import CompendiumError, Project
 
 COUNTS = ("dict_size", "k", "steps", "batch_size", "many_seeds", "batch_generation")
 COUNTS += ("max_new_tokens",)
@@ -31,23 +33,24 @@ EMBEDDED = "quickstart"  # shows the shipped crosscoder, which is the embedded p
 NEEDS_CHECKPOINTS = "09_rl_vs_sft"  # of an RL and an SFT run, which few pairs come with
 
 
-def settings(profile: Profile, device: str | None = None) -> dict[str, Any]:
+def settings(profile: Profile) -> dict[str, Any]:
     """What a profile file says of the rehearsal: the profile's own fields, its sizes cut down.
 
-    Args:
-        device: in place of the profile's; then all is computed in float32, which a CPU is made
-            for.
+    A device that is not here is replaced by the CPU; then all is computed in float32, which a CPU
+    is made for.
     """
-    small = profiles.get("smoke")
-    fields = [field.name for field in dataclasses.fields(Profile)]
-    found: dict[str, Any] = {"like": small.name}
-    for name in (name for name in fields if name not in NOT_IN_A_FILE):
-        own = getattr(profile, name)
-        counts = name.startswith("n_") or name in COUNTS
-        found[name] = min(own, getattr(small, name)) if counts else own
-    found["seeds"] = list(profile.seeds[: len(small.seeds)])
-    found["others"] = dict(profile.others)
-    return found | ({"device": device, "dtype": "float32"} if device else {})
+    from dfc_lib.data.pair import device_is_here
+
+    own, small = dataclasses.asdict(profile), dataclasses.asdict(profiles.get("smoke"))
+    found = {name: value for name, value in own.items() if name not in NOT_IN_A_FILE}
+    for name in own:
+        if name.startswith("n_") or name in COUNTS:
+            found[name] = min(own[name], small[name])
+    found["seeds"] = own["seeds"][: len(small["seeds"])]
+    found |= {"like": "smoke", "others": dict(profile.others)}
+    return (
+        found if device_is_here(profile.device) else found | {"device": "cpu", "dtype": "float32"}
+    )
 
 
 def write_profile(profile: Profile) -> Profile:
@@ -57,16 +60,13 @@ def write_profile(profile: Profile) -> Profile:
         ValueError: the profile is one that is tiny or embedded already (the message says what to
             run instead).
     """
-    from dfc_lib.data.pair import device_is_here
-
     if profile.pair and paths.ROOT / profile.pair == paths.PAIR:
         raise ValueError(
             f"profile {profile.name} is the embedded pair, whose rehearsal is `make smoke`; name "
             "the profile file of your own pair: make rehearse PROFILE=mine.json"
         )
     path = paths.build("rehearsals") / f"{profile.name}_rehearsal.json"
-    content = settings(profile, None if device_is_here(profile.device) else "cpu")
-    store.write_atomically(path, json.dumps(content, indent=1) + "\n")
+    store.write_atomically(path, json.dumps(settings(profile), indent=1) + "\n")
     return profiles.get(str(path))
 
 
@@ -155,18 +155,14 @@ def check_texts(profile: Profile) -> list[str]:
 
 
 def run(
-    project: Project,
-    wanted: Iterable[str] = (),
-    jobs: int = 0,
-    after_each: Callable[[dict[str, str]], None] = lambda outcomes: None,
+    project: Project, jobs: int, after_each: Callable[[dict[str, str]], None]
 ) -> dict[str, str]:
     """Run the notebooks one by one; gives each one's outcome: empty if it ran, else why not."""
-    notebooks = project.notebooks
     outcomes = {EMBEDDED: "left out: it shows the embedded pair"}
     if len(project.profile.checkpoints("rl")) < 2:
         outcomes[NEEDS_CHECKPOINTS] = "left out: the pair comes without checkpoints of its training"
-    for name in select(notebooks, wanted) or list(notebooks):
-        lacking = [need for need in notebooks[name].declared("needs") if outcomes.get(need)]
+    for name, notebook in project.notebooks.items():
+        lacking = [need for need in notebook.declared("needs") if outcomes.get(need)]
         if lacking:
             outcomes[name] = f"left out: needs {', '.join(lacking)}"
         if name in outcomes:
@@ -192,34 +188,27 @@ def report(
     profile: Profile, rehearsed: Profile, problems: list[str], outcomes: dict[str, str]
 ) -> str:
     """The page: what ran, what to change, what the full run needs."""
-    shown = profile.file or profile.name
     if rehearsed.device != profile.device:
-        problems = [
-            *problems,
-            f"device {profile.device!r} is not here, so the CPU was used: the full run needs it",
-        ]
-    failed = [name for name, outcome in outcomes.items() if outcome.startswith("FAILED")]
-    lines = [f"# Rehearsal of {profile.name}", "", "## What ran", ""]
-    lines += [f"- {name}: {outcomes[name] or 'ran'}" for name in sorted(outcomes)] or ["- nothing"]
-    lines += ["", f"## What to change in {Path(shown).name} before the full run", ""]
-    lines += [f"- {problem}" for problem in problems]
-    lines += [f"- what made {name} fail, see above" for name in failed]
-    lines += [] if problems or failed else ["- nothing that a rehearsal can see"]
-    lines += [
-        "- The layer: notebook 01 of the full run says in its section 5 which one its rule gives "
-        "(figure 01_sites). Set that one.",
-        "",
-        f"## What the full run needs (make figures PROFILE={shown})",
-        "",
-    ]
+        missing = (
+            f"device {profile.device!r} is not here, so the CPU was used: the full run needs it"
+        )
+        problems = [*problems, missing]
     try:
         needed = f"{budget.page(profile)}\n\n{budget.gpu_page(profile)}"
     except ValueError as error:
         needed = f"cannot be said: {error}"
-    return "\n".join([*lines, "```", needed, "```", ""])
+    template = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
+    return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+        profile=profile,
+        file=Path(profile.handle).name,
+        problems=problems,
+        outcomes=outcomes,
+        failed=[name for name, outcome in outcomes.items() if outcome.startswith("FAILED")],
+        needed=needed,
+    )
 
 
-def rehearse(name: str, wanted: Iterable[str] = (), jobs: int = 0) -> tuple[Path, bool]:
+def rehearse(name: str, jobs: int) -> tuple[Path, bool]:
     """Rehearse a profile; gives the report's path and whether nothing failed.
 
     Raises:
@@ -237,7 +226,7 @@ def rehearse(name: str, wanted: Iterable[str] = (), jobs: int = 0) -> tuple[Path
         problems = check_texts(profile)
         for problem in problems:
             print(f"before the full run: {problem}")
-        outcomes = run(Project(paths.ROOT, rehearsed), wanted, jobs, write)
+        outcomes = run(Project(paths.ROOT, rehearsed), jobs, write)
     write(outcomes)
     failed = not outcomes or any(outcome.startswith("FAILED") for outcome in outcomes.values())
     return path, not failed
@@ -247,11 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.rehearse", description=__doc__)
     parser.add_argument("profile", help="a profile file (mine.json) or a profile's name")
-    parser.add_argument("--notebook", nargs="+", default=[], metavar="NB", help="default: all")
     parser.add_argument("--jobs", type=int, default=0, help="notebooks at a time")
     options = parser.parse_args(arguments)
     try:
-        path, fine = rehearse(options.profile, options.notebook, options.jobs)
+        path, fine = rehearse(options.profile, options.jobs)
     except (CompendiumError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -83,9 +83,8 @@ def named(frame: pd.DataFrame, records: Sequence[Record]) -> pd.DataFrame:
 def mean_row(values: pd.Series) -> dict:
     """Mean of 0/1 outcomes with Wilson's interval, of others with the bootstrap's."""
     if set(values.unique()) <= {0, 1}:
-        interval = statistics.wilson(int(values.sum()), len(values))
-    else:
-        interval = statistics.bootstrap_mean(values, seed=0, n_bootstrap=2_000)
+        return tables.rate_row(values)
+    interval = statistics.bootstrap_mean(values, seed=0, n_bootstrap=2_000)
     return interval._asdict() | {"n": len(values)}
 
 

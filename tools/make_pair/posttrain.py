@@ -5,6 +5,7 @@ GRPO runs at temperature 1 without a KL term; group size, learning rate and step
 model of a million parameters.
 """
 
+import copy
 import json
 import os
 import random
@@ -97,13 +98,7 @@ def save_bf16(model, tokenizer, folder: Path) -> None:
     """Write a model folder in Hugging Face layout, bf16 weights (temporary name, then rename)."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    state = {
-        k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"
-    }
-    model.save_pretrained(partial, state_dict=state)
-    config = json.loads((partial / "config.json").read_text())
-    config["dtype"] = "bfloat16"
-    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
