@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from jinja2 import Template
 
 from dfc_lib import profiles, store
 from dfc_lib.crosscoder.checkpoint import Source, load, load_published, locate
@@ -48,6 +47,7 @@ from dfc_lib.steering.interventions import (
     random_directions,
 )
 from dfc_lib.study import Study
+from tools import fill
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -219,8 +219,8 @@ def page(table: pd.DataFrame, crosscoder: Crosscoder, source: Source, profile: P
         condition: {line.metric: line for line in of_it.itertuples()}
         for condition, of_it in table.groupby("condition", sort=False)
     }
-    template = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
-    return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+    return fill(
+        Path(__file__).with_suffix(".md.j2"),
         source=source,
         verdict=verdict(table),
         profile=profile,

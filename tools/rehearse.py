@@ -19,11 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
-
 from dfc_lib import paths, profiles, store
 from dfc_lib.profiles import Profile
-from tools import budget, runner
+from tools import budget, fill, runner
 from tools.freshness import CompendiumError, Project
 
 COUNTS = ("dict_size", "k", "steps", "batch_size", "many_seeds", "batch_generation")
@@ -197,8 +195,8 @@ def report(
         needed = f"{budget.page(profile)}\n\n{budget.gpu_page(profile)}"
     except ValueError as error:
         needed = f"cannot be said: {error}"
-    template = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
-    return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+    return fill(
+        Path(__file__).with_suffix(".md.j2"),
         profile=profile,
         file=Path(profile.handle).name,
         problems=problems,

@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Template
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from dfc_lib import profiles, provenance
@@ -30,6 +29,7 @@ from dfc_lib.profiles import Profile
 from dfc_lib.reading import switches
 from dfc_lib.store import sha256
 from dfc_lib.study import Study
+from tools import fill
 from tools.make_pair.card import write_checksums
 
 CARD = "README.md"
@@ -84,8 +84,8 @@ def ship(study: Study, folder: Path) -> Path:
     metadata.layer, metadata.models, metadata.weights = profile.layer, models, checksums(profile)
     job = study.recipes[switches.RECIPE].job(metadata.seed)
     names = crosscoder.partition.model_names
-    template = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
-    card = Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+    card = fill(
+        Path(__file__).with_suffix(".md.j2"),
         name=folder.name,
         architecture=ARCHITECTURE,
         crosscoder=crosscoder,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Template
 
 from dfc_lib.data.pair import SUMS, load_model, load_tokenizer
 from dfc_lib.results import sites, tables
 from dfc_lib.store import sha256, write_atomically
+from tools import fill
 from tools.make_pair import measure, posttrain, pretrain, prose, world
 
 BESIDE_RL = (8, 16, 32, 48, 24)  # the four of these that are shipped beside near threshold and last
@@ -155,8 +155,8 @@ class Measured:
 def card(pairs: Path) -> str:
     """The data card, from what `measure_pair` wrote of every pair."""
     base = pairs / "0" / "base"
-    template = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
-    return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+    return fill(
+        Path(__file__).with_suffix(".md.j2"),
         pairs=[Measured(sites.parent) for sites in sorted(pairs.glob("*/sites.csv"))],
         step_of=step_of,
         config=json.loads((base / "config.json").read_text()),
