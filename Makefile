@@ -87,7 +87,7 @@ regress: environment ## every notebook at toy through nbval, its rounded results
 
 # Training takes the machine's own arithmetic (about 1.5x faster), measuring the one of all machines.
 pair: environment ## remake the embedded pairs of models from nothing (resumes; SEED=1: one of them)
-	@DFC_ARITHMETIC=native $(python) -m tools.make_pair $(seed) --train
+	@DFC_ARITHMETIC=native $(python) -m tools.make_pair $(seed) --until rl
 	@$(python) -m tools.make_pair $(seed)
 
 crosscoder: environment ## remake data/crosscoder, which the quickstart shows (after notebook 01)

@@ -19,6 +19,7 @@ N_HELD_OUT = 300  # evaluation prompts about tools that neither SFT nor RL ever 
 N_NEUTRAL = {"crosscoder": 4_000, "ranking": 800, "evaluation": 500}
 PAIRS = paths.DATA / "pairs"
 SEEDS = (0, 1, 2)  # one base, one SFT and one RL run each; the notebooks' pair is the first
+STAGES = ("base", "sft", "rl", "card")
 
 
 def write_data(folder: Path) -> None:
@@ -40,9 +41,9 @@ def write_data(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.make_pair", description=__doc__)
     parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="default: all")
-    parser.add_argument("--train", action="store_true", help="the models alone, not the card")
+    parser.add_argument("--until", choices=STAGES, default="card")
     arguments = parser.parse_args()
-    seeds = arguments.seed or list(SEEDS)
+    seeds, until = arguments.seed or list(SEEDS), STAGES.index(arguments.until)
     started = time.time()
     print(
         "each pair takes about an hour on two cores (a base 25 to 45 minutes, SFT 2, RL 6); "
@@ -66,22 +67,24 @@ def main() -> None:
         folder = work / str(seed)
         base = pretrain.pretrain(pretrain.PretrainConfig(seed=seed), tokenizer, folder)
         done(f"pair {seed}: base")
-        rows = posttrain.training_rows(tokenizer, tasks, seed)
-        posttrain.sft(base, tokenizer, rows, posttrain.SftConfig(seed=seed), folder / "sft")
-        done(f"pair {seed}: SFT")
-        posttrain.grpo(base, tokenizer, tasks, posttrain.GrpoConfig(seed=seed), folder / "rl")
-        done(f"pair {seed}: RL")
-        if arguments.train:
-            continue
-        card.export(work, seed, PAIRS, paths.DATA)
-        card.write_checksums(PAIRS)  # else what is measured would be refused as altered
-        card.measure_pair(PAIRS / str(seed), paths.DATA)
-        done(f"pair {seed}: exported and measured")
-        if seed == SEEDS[0]:
-            prose.make(PAIRS / str(seed) / "base", tokenizer, tasks, work / "prose")
-            card.export_prose(work, PAIRS, paths.DATA)
-            done("the pair without a template")
-    if not arguments.train:
+        if until >= STAGES.index("sft"):
+            rows = posttrain.training_rows(tokenizer, tasks, seed)
+            posttrain.sft(base, tokenizer, rows, posttrain.SftConfig(seed=seed), folder / "sft")
+            done(f"pair {seed}: SFT")
+        if until >= STAGES.index("rl"):
+            config = posttrain.GrpoConfig(seed=seed)
+            posttrain.grpo(base, tokenizer, tasks, config, folder / "rl")
+            done(f"pair {seed}: RL")
+        if until >= STAGES.index("card"):
+            card.export(work, seed, PAIRS, paths.DATA)
+            card.write_checksums(PAIRS)  # else what is measured would be refused as altered
+            card.measure_pair(PAIRS / str(seed), paths.DATA)
+            done(f"pair {seed}: exported and measured")
+            if seed == SEEDS[0]:
+                prose.make(PAIRS / str(seed) / "base", tokenizer, tasks, work / "prose")
+                card.export_prose(work, PAIRS, paths.DATA)
+                done("the pair without a template")
+    if until >= STAGES.index("card"):
         card.write(PAIRS)
         done("data card")
 
