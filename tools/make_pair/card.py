@@ -134,15 +134,18 @@ class Measured:
         self.sites = pd.read_csv(self.folder / "sites.csv")
 
     def rate(self, model: str, condition: str, metric: str) -> str:
+        """A mean with its interval, over tools that training saw."""
         at = {"model": model, "condition": condition, "metric": metric, "tools": "seen"}
         row = tables.only(self.behaviour, **at)
         return f"{row.estimate:.1%} [{row.low:.1%}, {row.high:.1%}]"
 
     def domains(self) -> str:
+        """The lowest and the highest rate of a domain."""
         rates = self.behaviour[self.behaviour.tools.str.startswith("seen, ")].estimate
         return f"{rates.min():.0%} to {rates.max():.0%}"
 
     def moves(self, model: str, style: str, direction: str, outcome: str) -> str:
+        """What a patch changes, in percentage points, at the site that the scan's rule gives."""
         wanted = {"first": measure.SITE, "asked": (model, style)}
         site = tables.only(sites.settings(self.sites, wanted), setting="asked")
         at = {"model": model, "style": style, "direction": direction, "outcome": outcome}
@@ -157,7 +160,7 @@ def card(pairs: Path) -> str:
     base = pairs / "0" / "base"
     return fill(
         Path(__file__).with_suffix(".md.j2"),
-        pairs=[Measured(sites.parent) for sites in sorted(pairs.glob("*/sites.csv"))],
+        pairs=[Measured(found.parent) for found in sorted(pairs.glob("*/sites.csv"))],
         step_of=step_of,
         config=json.loads((base / "config.json").read_text()),
         parameters=sum(p.numel() for p in load_model(base).parameters()),
