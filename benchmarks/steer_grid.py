@@ -75,7 +75,7 @@ def shared_crosscoder(profile: profiles.Profile, h: torch.Tensor) -> tuple[Cross
     if (build / "activations" / "train_last" / "manifest.json").is_file():
         job = Recipe(profile, vectors="last", tie_shared=True).job(profile.seeds[0])
         if (training.run_directory(job.config, build, job.data_key) / "cfg.json").is_file():
-            return job.run(build, progress=False), "trained"
+            return training.get_all({"": job}, build, progress=False)[""], "trained"
     partition = Partition.dedicated(profile.dict_size, profile.exclusive_share)
     torch.manual_seed(0)
     fresh = Crosscoder.create(h.shape[-1], partition, profile.k, Normaliser.fit(h.cpu()))

@@ -49,7 +49,7 @@ def test_ways_without_a_crosscoder_find_the_planted_direction(planted):
 def test_ways_that_train_one_find_the_planted_direction(planted, tmp_path, name):
     x, direction, _ = planted
     way = WAYS[name]
-    crosscoder = training.get_or_train(way.config, x, tmp_path, "planted", progress=False)
+    crosscoder = training.train(way.config, x, tmp_path / name, progress=False)
     rows = methods.candidates(crosscoder, way.rule(crosscoder, x), x, 8)
     assert 0 < len(rows) <= 8
     assert float(groundtruth.cosines(rows, direction[None]).amax()) > 0.9

@@ -8,20 +8,19 @@ one is needed, the encoder's product that finds the active features. Everything 
 ====================  ==========================================  ==================================
 quantity              formula (``S`` = the sparse code)           computed by
 ====================  ==========================================  ==================================
-reconstruction        ``S @ W_dec``                               ``Pattern.matmul``
-gradient of ``W_dec``  ``S.T @ grad``                             ``Pattern.transposed_matmul``
-gradient of ``S``     ``grad @ W_dec.T`` where ``S`` is stored    ``Pattern.sampled_product``
-gradient of ``W_enc``  ``grad_S.T @ x``                           ``Pattern.transposed_matmul``
+reconstruction        ``S @ W_dec``                               ``Decode.forward``
+gradient of ``W_dec``  ``S.T @ grad``                             ``Pattern.weight_gradient``
+gradient of ``S``     ``grad @ W_dec.T`` where ``S`` is stored    ``Decode.backward``
+gradient of ``W_enc``  ``grad_S.T @ x``                           ``Pattern.weight_gradient``
 ====================  ==========================================  ==================================
 
 Both weight matrices are stored feature-major, ``(d_dict, width)`` and contiguous, so an active
 feature is one row. The gradients are exact, not approximations: ``tests/test_crosscoder.py``
 compares them with the dense path in float64.
 
-``accumulate_into``: at ``d_model = 2048`` a fresh gradient is 134 MB, and the page faults of
-allocating it cost more than computing it. A training loop that keeps its gradient buffers passes
-them here; the weight gradient is then added to the buffer in place and autograd sees none for that
-weight. Without it everything is ordinary autograd.
+At ``d_model = 2048`` a fresh gradient is 134 MB, and the page faults of allocating it cost more
+than computing it. So where a weight has a ``.grad`` already, which a training loop zeroes and
+keeps, its gradient is added there in place, and autograd sees none for it.
 """
 
 import warnings
@@ -74,41 +73,22 @@ class Pattern:
         code = values.new_zeros(self.batch, self.d_dict)
         return code.index_put((self.sample, self.feature), values)
 
-    def matmul(
-        self, values: Float[Tensor, " entries"], rows: Float[Tensor, "d_dict width"]
-    ) -> Float[Tensor, "batch width"]:
-        """``S @ rows``: for each sample the weighted sum of its active rows."""
-        if self.feature.numel() == 0:
-            return rows.new_zeros(self.batch, rows.shape[1])
-        return F.embedding_bag(
-            self.feature,
-            rows,
-            self.starts,
-            mode="sum",
-            per_sample_weights=values,
-            include_last_offset=True,
-        )
-
-    def transposed_matmul(
+    def weight_gradient(
         self,
         values: Float[Tensor, " entries"],
         samples: Float[Tensor, "batch width"],
-        accumulate_into: Float[Tensor, "d_dict width"] | None = None,
-    ) -> Float[Tensor, "d_dict width"]:
-        """``S.T @ samples``: for each feature the weighted sum over the samples it fires in."""
+        buffer: Float[Tensor, "d_dict width"] | None,
+    ) -> Float[Tensor, "d_dict width"] | None:
+        """``S.T @ samples``: for each feature the weighted sum over the samples it fires in.
+
+        Added to ``buffer``, and None, where there is one.
+        """
         starts, sample, order = self._by_feature
         transposed = _csr(starts, sample, values.index_select(0, order), (self.d_dict, self.batch))
-        if accumulate_into is not None:
-            return accumulate_into.addmm_(transposed, samples)
-        return transposed @ samples
-
-    def sampled_product(
-        self, samples: Float[Tensor, "batch width"], rows: Float[Tensor, "d_dict width"]
-    ) -> Float[Tensor, " entries"]:
-        """``samples @ rows.T`` at the stored entries only."""
-        zeros = samples.new_zeros(self.feature.numel())
-        stored = _csr(self.starts, self.feature, zeros, (self.batch, self.d_dict))
-        return torch.sparse.sampled_addmm(stored, samples, rows.t(), beta=0.0).values()
+        if buffer is None:
+            return transposed @ samples
+        buffer.addmm_(transposed, samples)
+        return None
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -178,90 +158,79 @@ def _from_flat(flat: Int64[Tensor, " entries"], batch: int, d_dict: int) -> Patt
     return Pattern(torch.searchsorted(flat, row_edges), flat % d_dict, d_dict)
 
 
-def sparse_encode(
-    x: Float[Tensor, "batch width"],
-    W_enc: Float[Tensor, "d_dict width"],
-    b_enc: Float[Tensor, " d_dict"],
-    preactivations: Float[Tensor, "batch d_dict"],
-    pattern: Pattern,
-    accumulate_into: Tensor | None = None,
-) -> Float[Tensor, " entries"]:
-    """The pre-activations at ``pattern``, differentiable in ``x``, ``W_enc`` and ``b_enc``.
+class Encode(Function):
+    """The pre-activations at ``pattern``, differentiable in ``W_enc`` and ``b_enc``.
 
     ``preactivations`` must be ``x @ W_enc.T + b_enc``; it was needed to choose the pattern, so it
     is not computed twice.
     """
-    return _Encode.apply(x, W_enc, b_enc, preactivations.detach(), pattern, accumulate_into)
 
-
-def sparse_decode(
-    values: Float[Tensor, " entries"],
-    W_dec: Float[Tensor, "d_dict width"],
-    pattern: Pattern,
-    accumulate_into: Tensor | None = None,
-) -> Float[Tensor, "batch width"]:
-    """``S @ W_dec``, differentiable with respect to ``values`` and ``W_dec``."""
-    return _Decode.apply(values, W_dec, pattern, accumulate_into)
-
-
-def summed_row_norms(
-    rows: Float[Tensor, "d_dict width"],
-    features: slice,
-    n_models: int,
-    accumulate_into: Tensor | None = None,
-) -> Float[Tensor, " features"]:
-    """``sum_m ||W_dec[i, m]||`` for a slice of features; the gradient of a zero row is zero."""
-    return _SummedRowNorms.apply(rows, features, n_models, accumulate_into)
-
-
-class _Encode(Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, preactivations, pattern, accumulate_into):
-        ctx.save_for_backward(x, W_enc)
-        ctx.pattern, ctx.accumulate_into = pattern, accumulate_into
+    def forward(
+        ctx,
+        x: Float[Tensor, "batch width"],
+        W_enc: Float[Tensor, "d_dict width"],
+        b_enc: Float[Tensor, " d_dict"],
+        preactivations: Float[Tensor, "batch d_dict"],
+        pattern: Pattern,
+    ) -> Float[Tensor, " entries"]:
+        ctx.save_for_backward(x)
+        ctx.pattern, ctx.buffer = pattern, W_enc.grad
         return preactivations.take(pattern.sample * pattern.d_dict + pattern.feature)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, W_enc = ctx.saved_tensors
-        grad_x = ctx.pattern.matmul(grad, W_enc) if ctx.needs_input_grad[0] else None
-        grad_W = _weight_gradient(ctx, grad, x, needed=ctx.needs_input_grad[1])
+        (x,) = ctx.saved_tensors
+        grad_W = ctx.pattern.weight_gradient(grad, x, ctx.buffer)
         grad_b = grad.new_zeros(ctx.pattern.d_dict).index_add_(0, ctx.pattern.feature, grad)
-        return grad_x, grad_W, grad_b, None, None, None
+        return None, grad_W, grad_b, None, None
 
 
-class _Decode(Function):
+class Decode(Function):
+    """``S @ W_dec``, differentiable with respect to ``values`` and ``W_dec``."""
+
     @staticmethod
-    def forward(ctx, values, W_dec, pattern, accumulate_into):
+    def forward(
+        ctx,
+        values: Float[Tensor, " entries"],
+        W_dec: Float[Tensor, "d_dict width"],
+        pattern: Pattern,
+    ) -> Float[Tensor, "batch width"]:
         ctx.save_for_backward(values, W_dec)
-        ctx.pattern, ctx.accumulate_into = pattern, accumulate_into
-        return pattern.matmul(values, W_dec)
+        ctx.pattern, ctx.buffer = pattern, W_dec.grad
+        if pattern.feature.numel() == 0:
+            return W_dec.new_zeros(pattern.batch, W_dec.shape[1])
+        return F.embedding_bag(
+            pattern.feature,
+            W_dec,
+            pattern.starts,
+            mode="sum",
+            per_sample_weights=values,
+            include_last_offset=True,
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         values, W_dec = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_values = ctx.pattern.sampled_product(grad, W_dec) if ctx.needs_input_grad[0] else None
-        grad_W = _weight_gradient(ctx, values, grad, needed=ctx.needs_input_grad[1])
-        return grad_values, grad_W, None, None
+        grad, pattern = grad.contiguous(), ctx.pattern
+        shape = pattern.batch, pattern.d_dict
+        stored = _csr(pattern.starts, pattern.feature, torch.zeros_like(values), shape)
+        grad_values = torch.sparse.sampled_addmm(stored, grad, W_dec.t(), beta=0.0).values()
+        return grad_values, pattern.weight_gradient(values, grad, ctx.buffer), None
 
 
-def _weight_gradient(ctx, values: Tensor, samples: Tensor, needed: bool) -> Tensor | None:
-    if ctx.accumulate_into is not None:
-        ctx.pattern.transposed_matmul(values, samples, ctx.accumulate_into)
-        return None
-    return ctx.pattern.transposed_matmul(values, samples) if needed else None
+class SummedRowNorms(Function):
+    """``sum_m ||rows[i, m]||`` for a slice of features; the gradient of a zero row is zero."""
 
-
-class _SummedRowNorms(Function):
     @staticmethod
-    def forward(ctx, rows, features, n_models, accumulate_into):
-        per_model = rows[features].unflatten(-1, (n_models, -1))
-        norms = per_model.norm(dim=-1)
+    def forward(
+        ctx, rows: Float[Tensor, "d_dict width"], features: slice, n_models: int
+    ) -> Float[Tensor, " features"]:
+        norms = rows[features].unflatten(-1, (n_models, -1)).norm(dim=-1)
         ctx.save_for_backward(rows, norms)
-        ctx.features, ctx.accumulate_into = features, accumulate_into
+        ctx.features, ctx.buffer = features, rows.grad
         return norms.sum(dim=-1)
 
     @staticmethod
@@ -271,9 +240,6 @@ class _SummedRowNorms(Function):
         per_model = rows[ctx.features].unflatten(-1, (norms.shape[-1], -1))
         scale = torch.where(norms > 0, grad[:, None] / norms, 0.0)
         grad_rows = (per_model * scale[..., None]).flatten(-2)
-        if ctx.accumulate_into is not None:
-            ctx.accumulate_into[ctx.features] += grad_rows
-            return None, None, None, None
-        full = torch.zeros_like(rows)
-        full[ctx.features] = grad_rows
-        return full, None, None, None
+        gradient = torch.zeros_like(rows) if ctx.buffer is None else ctx.buffer
+        gradient[ctx.features] += grad_rows
+        return gradient if ctx.buffer is None else None, None, None

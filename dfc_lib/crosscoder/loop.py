@@ -9,7 +9,6 @@ the final weights come out identical to the last bit (same machine, and for larg
 number of threads; see ``_threads``).
 """
 
-import csv
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from dfc_lib.crosscoder.partition import Normaliser, Partition
 from dfc_lib.store import save_tensors, write_atomically
 
 STATE_FILE, METRICS_FILE = "state.safetensors", "metrics.csv"
+CLIP_NORM = 1.0  # the largest norm of the whole gradient
 THRESHOLD_RATE = 0.01  # of the moving average of BatchTopK's threshold
 # Up to this many multiplications per encoder product, one thread is as good as two: see _threads.
 ONE_THREAD = 2**28
@@ -54,13 +54,10 @@ class TrainConfig:
             the reference lacks; whose block learns first decides, and it is not the reference's.
         steps, batch_size: length of the run; an epoch is a fresh permutation, and batches run
             across its end.
-        lr, warmup_steps, decay_steps: of Adam; linear from 0 at the start, linear to 0 at the end.
-        clip_norm: largest norm of the whole gradient; 0 turns clipping off.
+        lr: of Adam.
         shared_coef, exclusive_coef, variant: sparsity penalties, see ``losses``.
         aux_coef: of the auxiliary loss for dead features (none in ``published``).
         dead_steps: a feature that has not fired for this many steps counts as dead.
-        decoder_init_norm: initial norm of a feature's decoder row, over all models. Adam's fixed
-            step turns a short row faster: 0.3 explained more variance than 1 in short runs.
         normalise: ``per_model_scalar`` fits a ``Normaliser`` and stores it (calibrated protocol);
             ``pooled_scalar`` likewise, one for all models;
             ``zscore_unstored`` z-scores every dimension per dataset and model in training and
@@ -84,15 +81,11 @@ class TrainConfig:
     steps: int = 1500
     batch_size: int = 512
     lr: float = 1e-3
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    clip_norm: float = 1.0
     shared_coef: float = 0.0
     exclusive_coef: float = 0.0
     variant: Variant = "exclusive_only"
     aux_coef: float = 1 / 32
     dead_steps: int = 250
-    decoder_init_norm: float = 0.3
     normalise: Literal["per_model_scalar", "pooled_scalar", "zscore_unstored"] = "per_model_scalar"
     seed: int = 0
     log_every: int = 10
@@ -144,12 +137,6 @@ class TrainConfig:
         """All fields that decide the weights, as plain JSON."""
         content = asdict(self) | {"partition": self.partition.to_dict()}
         return {k: v for k, v in content.items() if k not in ("checkpoint_every", "device")}
-
-    def learning_rate(self, step: int) -> float:
-        """Adam's learning rate at a step, counted from 0."""
-        up = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        down = min(1.0, (self.steps - step) / self.decay_steps) if self.decay_steps else 1.0
-        return self.lr * up * down
 
 
 def run(config: TrainConfig, batches: Batches, directory: Path, progress: bool = True) -> None:
@@ -212,11 +199,10 @@ class Run:
             device=config.device,
             metadata={"training": config.to_dict()},
             init_seed=config.seed,
-            decoder_init_norm=config.decoder_init_norm,
         ).train()
         self.params = dict(self.crosscoder.named_parameters())
         for param in self.params.values():
-            # Kept for the whole run, see accumulate_into in dfc_lib.crosscoder.kernels.
+            # Kept for the whole run, see dfc_lib.crosscoder.kernels.
             param.grad = torch.zeros_like(param)
         self.grads = [param.grad for param in self.params.values()]
         fused = torch.device(config.device).type in ("cpu", "cuda")
@@ -234,63 +220,42 @@ class Run:
         config, crosscoder = self.config, self.crosscoder
         torch._foreach_zero_(self.grads)
         crosscoder.reserved = config.reserved if self.step < config.reserved_steps else []
-        forward = crosscoder.forward_sparse(x, in_place=True)
+        forward = crosscoder.forward_sparse(x)
         dead = self.steps_silent >= config.dead_steps
-        terms = self._terms(forward, dead, self.differences, in_place=True, skip=self.unused_terms)
+        compared, unused = self.differences, self.unused_terms
+        terms = losses.terms(crosscoder, forward, config.variant, dead, compared, unused)
         total = losses.weigh(terms, *self.coefs, config.difference_coef)
         total.backward()
         crosscoder.constrain_grads_()
-        self._clip()
-        learning_rate = config.learning_rate(self.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
+        # As clip_grad_norm_, less its pass over all gradients where that would change nothing.
+        scale = CLIP_NORM / (torch.nn.utils.get_total_norm(self.grads) + 1e-6)
+        if scale < 1:
+            torch._foreach_mul_(self.grads, scale)
 
         firings = forward.firings()
         self.steps_silent = torch.where(firings > 0, 0, self.steps_silent + 1)
         crosscoder.update_threshold_(forward, THRESHOLD_RATE)
         last = self.step + 1 == config.steps
         if self.step == 0 or (self.step + 1) % config.log_every == 0 or last:
-            self._log(forward, terms, total, firings, learning_rate)
+            self._log(forward, terms, total, firings)
 
         self.optimiser.step()
         crosscoder.tie_()
         self.step += 1
 
-    def _terms(
-        self,
-        forward: Forward,
-        dead: Tensor | None,
-        differences: losses.Differences | None = None,
-        **options: Any,
-    ) -> dict[str, Tensor]:
-        variant = self.config.variant
-        return losses.terms(self.crosscoder, forward, variant, dead, differences, **options)
-
-    def _clip(self) -> None:
-        if self.config.clip_norm:
-            # As clip_grad_norm_, less its pass over all gradients where that would change nothing.
-            scale = self.config.clip_norm / (torch.nn.utils.get_total_norm(self.grads) + 1e-6)
-            if scale < 1:
-                torch._foreach_mul_(self.grads, scale)
-
     @torch.no_grad()
-    def _log(
-        self, forward: Forward, terms: dict, total: Tensor, firings: Tensor, learning_rate: float
-    ) -> None:
+    def _log(self, forward: Forward, terms: dict, total: Tensor, firings: Tensor) -> None:
         config, partition = self.config, self.config.partition
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {float(total)} at step {self.step + 1} of {self.directory}; "
                 f"lower lr (now {config.lr})"
             )
-        used = {"l1_shared", "l1_exclusive", "aux"} - self.unused_terms
-        unused = self._terms(forward, None, skip=used)
         shape = (len(forward.z), partition.n_models, -1)
         z, reconstruction = forward.z.view(shape), forward.reconstruction.view(shape)
         fve = 1 - (z - reconstruction).square().sum((0, 2)) / (z - z.mean(0)).square().sum((0, 2))
-        row = {"step": self.step + 1, "lr": learning_rate, "loss": float(total)}
-        for name, term in terms.items():
-            row[name] = float(unused[name] if name in self.unused_terms else term)
+        row = {"step": self.step + 1, "loss": float(total)}
+        row |= {name: float(term) for name, term in terms.items()}
         for name, value in zip(partition.model_names, fve.tolist(), strict=True):
             row[f"fve_{name}"] = value
         dead = (self.steps_silent >= config.dead_steps).double()
@@ -343,9 +308,8 @@ class Run:
                     self.optimiser.state[param] = {"step": count, **moments}
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to start again") from error
-        with open(self.directory / METRICS_FILE, newline="") as file:  # pandas may round
-            rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
-        self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= self.step]
+        rows = pd.read_csv(self.directory / METRICS_FILE, float_precision="round_trip")
+        self.rows = rows[rows.step <= self.step].to_dict("records")
 
     def finish(self) -> None:
         self._write_metrics()

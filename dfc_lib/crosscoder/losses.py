@@ -20,8 +20,6 @@ normaliser):
 """
 
 from collections.abc import Iterable
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch.nn.functional as F
@@ -37,17 +35,6 @@ if TYPE_CHECKING:
 Variant = Literal["published", "exclusive_only"]
 VARIANTS = get_args(Variant)
 Scalar = Float[Tensor, ""]
-
-
-def penalty(variant: Variant) -> ModuleType:
-    """What sets a variant apart; one module each, so that an edit of one retrains its own alone.
-
-    Raises:
-        ValueError: there is no such variant.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is unknown; use one of {VARIANTS}")
-    return import_module(f"{__package__}.penalty_{variant}")
 
 
 class Differences(NamedTuple):
@@ -68,8 +55,6 @@ def terms(
     variant: Variant,
     dead: Bool[Tensor, " d_dict"] | None = None,
     differences: Differences | None = None,
-    *,
-    in_place: bool = False,
     skip: Iterable[str] = (),
 ) -> dict[str, Scalar]:
     """The terms of a forward pass, before weighting.
@@ -77,24 +62,28 @@ def terms(
     Args:
         dead: the features that have not fired for long; None: no auxiliary loss.
         differences: None: no such term.
-        in_place: as in ``Crosscoder.forward_sparse``.
         skip: terms that stay 0 (saves time).
+
+    Raises:
+        ValueError: there is no such variant.
     """
-    penalised, partition = penalty(variant), crosscoder.partition
-    groups = {
-        "l1_shared": [partition.shared_blocks],
-        "l1_exclusive": penalised.exclusive_groups(partition),
-    }
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown; use one of {VARIANTS}")
+    blocks, shared = crosscoder.partition.blocks, crosscoder.partition.shared_blocks
+    groups = {"l1_shared": [shared], "l1_exclusive": [[b for b in blocks if b not in shared]]}
+    if variant == "published":
+        models = range(crosscoder.n_models)
+        groups["l1_exclusive"] = [[b for b in blocks if m in b.models] for m in models]
     found = {"mse": F.mse_loss(forward.reconstruction, forward.z)}
     for name, of in groups.items():
         means = [
-            _mean_activation(crosscoder, forward, blocks, penalised.weight, in_place)
-            for blocks in ([] if name in skip else of)
+            _mean_activation(crosscoder, forward, group, variant)
+            for group in ([] if name in skip else of)
         ]
         found[name] = sum(means, forward.z.new_zeros(())) / max(1, len(means))
     found["aux"] = forward.z.new_zeros(())
-    if dead is not None and penalised.AUXILIARY and "aux" not in skip:
-        found["aux"] = _auxiliary(crosscoder, forward, dead, in_place)
+    if dead is not None and variant != "published" and "aux" not in skip:
+        found["aux"] = _auxiliary(crosscoder, forward, dead)
     found["difference"] = forward.z.new_zeros(())
     if differences is not None:
         found["difference"] = _difference(crosscoder, forward, differences)
@@ -105,7 +94,7 @@ def weigh(
     terms: dict[str, Scalar],
     shared_coef: float,
     exclusive_coef: float,
-    aux_coef: float,
+    aux_coef: float = 0.0,
     difference_coef: float = 0.0,
 ) -> Scalar:
     """The total loss from its terms."""
@@ -125,20 +114,22 @@ def _difference(crosscoder: "Crosscoder", forward: "Forward", to: Differences) -
 
 
 def _mean_activation(
-    crosscoder: "Crosscoder", forward: "Forward", blocks: list[Block], weight_of, in_place: bool
+    crosscoder: "Crosscoder", forward: "Forward", blocks: list[Block], variant: Variant
 ) -> Scalar:
     """Mean over batch and features of the (weighted) activations of some blocks."""
     weight = forward.z.new_zeros(crosscoder.d_dict)
     for block in blocks:
         features = crosscoder.partition.slices[block.name]
-        weight[features] = weight_of(crosscoder, features, in_place)
+        if variant == "published":
+            weight[features] = 1.0
+        else:
+            norms = kernels.SummedRowNorms.apply
+            weight[features] = norms(crosscoder.decoder, features, crosscoder.n_models)
     total = (forward.activations * weight[forward.pattern.feature]).sum()
     return total / max(1, len(forward.z) * sum(block.size for block in blocks))
 
 
-def _auxiliary(
-    crosscoder: "Crosscoder", forward: "Forward", dead: Tensor, in_place: bool
-) -> Scalar:
+def _auxiliary(crosscoder: "Crosscoder", forward: "Forward", dead: Tensor) -> Scalar:
     candidates = dead.nonzero().squeeze(-1)
     if candidates.numel() == 0:
         return forward.z.new_zeros(())
@@ -146,11 +137,9 @@ def _auxiliary(
     of_dead = forward.preactivations.index_select(1, candidates)
     chosen = kernels.top_k(of_dead, min(wanted, candidates.numel()))
     pattern = kernels.Pattern(chosen.starts, candidates[chosen.feature], crosscoder.d_dict)
-    W_enc, W_dec, enc_buffer, dec_buffer = crosscoder.weights(in_place)
-    values = kernels.sparse_encode(
-        forward.z, W_enc, crosscoder.b_enc, forward.preactivations, pattern, enc_buffer
-    )
-    explained = kernels.sparse_decode(values.relu(), W_dec, pattern, dec_buffer)
+    encoder, b_enc = crosscoder.encoder, crosscoder.b_enc
+    values = kernels.Encode.apply(forward.z, encoder, b_enc, forward.preactivations, pattern)
+    explained = kernels.Decode.apply(values.relu(), crosscoder.decoder, pattern)
     residual = (forward.z - forward.reconstruction).detach()
     # A few dead features cannot explain much of the residual: pull at them more gently.
     return F.mse_loss(explained, residual) * min(candidates.numel() / wanted, 1.0)

@@ -1,9 +1,8 @@
 """Crosscoders that are trained once: asked for by configuration and data, found or made.
 
-``get_or_train`` is the one way to get a crosscoder: runs are stored under a name that is a hash of
+``get_all`` is the one way to get crosscoders: runs are stored under a name that is a hash of
 the configuration, the data and the code that decides the weights, so nothing is trained twice and
-nothing that would come out differently is kept. ``get_all`` gets many, several side by side;
-``train`` does the work in a folder of your choice.
+nothing that would come out differently is kept. ``train`` does the work in a folder of your choice.
 
 A run's folder holds ``sae_weights.safetensors`` + ``cfg.json`` (the crosscoder, see
 ``checkpoint.load``), ``metrics.csv``, ``run.json`` (the configuration) and, while it is unfinished,
@@ -33,49 +32,17 @@ from dfc_lib.crosscoder.model import Crosscoder
 
 RUN_FILE = "run.json"
 LOOP = "dfc_lib.crosscoder.loop"
-PENALTIES = {  # what `losses` loads for a configuration's variant
-    "published": "dfc_lib.crosscoder.penalty_published",
-    "exclusive_only": "dfc_lib.crosscoder.penalty_exclusive_only",
-}
 Name = TypeVar("Name", bound=Hashable)
 
 
 def config_key(config: TrainConfig, data_key: str) -> str:
     """The name of a run: a hash of everything that decides its result, code included."""
-    code = provenance.code_hash(LOOP, PENALTIES[config.variant])
-    return store.key(code, config.to_dict(), data_key)
+    return store.key(provenance.code_hash(LOOP), config.to_dict(), data_key)
 
 
 def run_directory(config: TrainConfig, build_dir: str | Path, data_key: str) -> Path:
-    """Where ``get_or_train`` keeps a run."""
+    """Where ``get_all`` keeps a run."""
     return Path(build_dir) / "crosscoders" / config_key(config, data_key)
-
-
-def get_or_train(
-    config: TrainConfig,
-    activations: AnyActivations | Callable[[], AnyActivations],
-    build_dir: str | Path,
-    data_key: str,
-    labels: Int[np.ndarray, " n"] | None = None,
-    progress: bool = True,
-    wait: bool = True,
-) -> Crosscoder:
-    """The crosscoder of a configuration: loaded if it was trained, resumed if it was interrupted.
-
-    Args:
-        activations: as in ``train``, or a function that returns them, called only if needed.
-        build_dir: runs live in ``<build_dir>/crosscoders/<key>``, see ``run_directory``.
-        data_key: identifies activations *and* labels, such as the checksum in a cache's manifest.
-        wait: for another process that is training it.
-
-    Raises:
-        filelock.Timeout: there is such a process, and ``wait`` is false.
-    """
-    directory = run_directory(config, build_dir, data_key)
-    if (directory / "cfg.json").is_file() and not (directory / STATE_FILE).is_file():
-        return load(directory, device=config.device)
-    found = activations() if callable(activations) else activations
-    return train(config, found, directory, labels, progress, wait)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +60,23 @@ class Job:
     labels: Int[np.ndarray, " n"] | None = None
 
 
+def _get(job: Job, build_dir: str | Path, wait: bool) -> Crosscoder:
+    """A job's crosscoder: loaded if it was trained, resumed if it was interrupted.
+
+    Raises:
+        filelock.Timeout: another process trains it, and ``wait`` is false.
+    """
+    directory = run_directory(job.config, build_dir, job.data_key)
+    if (directory / "cfg.json").is_file() and not (directory / STATE_FILE).is_file():
+        return load(directory, device=job.config.device)
+    activations = job.activations() if callable(job.activations) else job.activations
+    return train(job.config, activations, directory, job.labels, progress=False, wait=wait)
+
+
 def get_all(
     jobs: Mapping[Name, Job], build_dir: str | Path, workers: int = 1, progress: bool = True
 ) -> dict[Name, Crosscoder]:
-    """Many crosscoders, by name; ``workers`` are trained at a time.
+    """Crosscoders by name, kept in ``<build_dir>/crosscoders``; ``workers`` are trained at a time.
 
     Small products do not gain from a second core, whole runs do. Each small run uses the one thread
     that it would use alone, so its weights are the same (``_threads``).
@@ -118,9 +98,7 @@ def get_all(
             """Fill ``done``; gives the names of those that another process is training."""
             asked, elsewhere = {}, []
             for name in names:
-                of = jobs[name]
-                options = (of.config, of.activations, build_dir, of.data_key, of.labels, False)
-                asked[pool.submit(get_or_train, *options, wait)] = name
+                asked[pool.submit(_get, jobs[name], build_dir, wait)] = name
             for future in as_completed(asked):
                 try:
                     done[asked[future]] = future.result()
@@ -177,27 +155,22 @@ def train(
 def _claim(directory: Path, config: TrainConfig) -> None:
     """Make the folder this configuration's, or check that it is."""
     path, content = directory / RUN_FILE, json.dumps(config.to_dict(), indent=2) + "\n"
-    if path.is_file():
-        if path.read_text() != content:
-            raise ValueError(
-                f"{directory} holds another run, or its {RUN_FILE} is damaged; choose another "
-                "out_dir, or delete it to start again"
-            )
-    elif (directory / "cfg.json").is_file():
-        raise ValueError(
-            f"{directory} already holds a crosscoder of unknown origin; choose another out_dir"
-        )
-    else:
+    if not path.is_file() and not (directory / "cfg.json").is_file():
         store.write_atomically(path, content)
+    elif not path.is_file() or path.read_text() != content:
+        raise ValueError(
+            f"{directory} holds another run, or its {RUN_FILE} is missing or damaged; choose "
+            "another out_dir, or delete it to start again"
+        )
 
 
 def load_metrics(directory: str | Path) -> pd.DataFrame:
     """The metrics of a run, one row per logged step.
 
-    Columns: ``step`` (from 1), ``lr``, ``loss``, ``mse``, ``l1_shared``, ``l1_exclusive``, ``aux``,
-    ``difference`` (0 where the loss has no such term), per model ``fve_<model>``, per block
-    ``l0_<block>`` (mean active features per sample) and ``dead_<block>`` (share of features silent
-    for ``dead_steps``). All measured on the step's own batch, before its update.
+    Columns: ``step`` (from 1), ``loss`` and its terms (see ``losses``; 0 where the coefficient is),
+    per model ``fve_<model>``, per block ``l0_<block>`` (mean active features per sample) and
+    ``dead_<block>`` (share of features silent for ``dead_steps``). All measured on the step's own
+    batch, before its update.
     """
     path = Path(directory) / METRICS_FILE
     if not path.is_file():
