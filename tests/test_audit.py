@@ -150,12 +150,12 @@ def test_a_page_by_name_states_the_commit(hub, tmp_path, monkeypatch, capsys):
 
 def test_a_name_is_read_from_the_hub(hub):
     """Only the files of the two formats are downloaded, and what was used is known."""
-    crosscoder = load_published(NAME)
-    assert crosscoder.cfg.metadata.source == f"{NAME}@{COMMIT}"
+    assert locate(NAME).commit == COMMIT
+    assert load_published(locate(NAME).folder).d_dict == 64
     files = {"cfg.json", "sae_weights.safetensors", "config.json", "model.pt"}
-    assert hub == [(NAME, None, files)]
+    assert hub == [(NAME, None, files)] * 2
     assert locate(f"{NAME}@{'f' * 40}").commit == "f" * 40
-    assert hub[1][:2] == (NAME, "f" * 40)
+    assert hub[2][:2] == (NAME, "f" * 40)
 
 
 def test_a_download_is_found_by_name(hub, tmp_path):
@@ -180,7 +180,7 @@ def test_no_network_is_said_with_the_command(hub, monkeypatch, capsys):
     with pytest.raises(
         FileNotFoundError, match=r"hf download someone/cc --local-dir .*downloads/cc"
     ):
-        load_published(NAME)
+        locate(NAME)
     assert audit.main([f"{NAME}@abc", "--profile", "smoke"]) == 1
     assert "hf download someone/cc --revision abc --local-dir" in capsys.readouterr().err
 

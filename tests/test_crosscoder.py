@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
-from dfc_lib.crosscoder import kernels, losses
+from dfc_lib.crosscoder import kernels, losses, partition
 from dfc_lib.crosscoder.checkpoint import load, load_published
 from dfc_lib.crosscoder.model import Crosscoder
 from dfc_lib.crosscoder.partition import Block, Normaliser, Partition
@@ -37,7 +37,7 @@ def activations(partition=DFC, n=32, seed=0, dtype=torch.float64):
 
 def build(partition=DFC, seed=3, **fields):
     """A small crosscoder in float64 with biases and a fitted normaliser."""
-    fields = {"dtype": torch.float64, "init_seed": seed} | fields
+    fields = {"dtype": "float64", "init_seed": seed} | fields
     normaliser = Normaliser.fit(activations(partition))
     crosscoder = Crosscoder.create(D_MODEL, partition, 5, normaliser, **fields)
     generator = torch.Generator().manual_seed(seed)
@@ -156,13 +156,11 @@ def test_three_models_each_get_their_own_block():
     [
         lambda: Partition.dedicated(10, 0.05),  # no exclusive feature
         lambda: Partition.dedicated(10, 0.5),  # no shared feature
-        lambda: Partition(("A",), (Block("x", 3, (1,)),)),  # no such model
-        lambda: Partition(("A",), (Block("x", 3, (0,)), Block("x", 3, (0,)))),
-        lambda: Partition(("A",), (Block("x", 0, (0,)),)),
+        lambda: Crosscoder.create(D_MODEL, DFC, 41),  # k of fewer features
     ],
 )
-def test_an_impossible_partition_is_refused(make):
-    with pytest.raises(ValueError, match=r"."):
+def test_impossible_sizes_are_refused(make):
+    with pytest.raises(ValueError, match=r"every block needs|k=41 must lie between 1 and the 40"):
         make()
 
 
@@ -176,16 +174,17 @@ def test_unknown_block_and_model_names_are_refused_by_name():
 # -- normaliser
 
 
-def test_normaliser_makes_the_mean_squared_norm_d_model_and_round_trips():
+def test_normaliser_makes_the_mean_squared_norm_d_model_and_round_trips(monkeypatch):
+    monkeypatch.setattr(partition, "BATCH", 77)
     x = activations(n=500)
-    normaliser = Normaliser.fit(x, batch_size=77)
+    normaliser = Normaliser.fit(x)
     z = normaliser.apply(x.float())
     torch.testing.assert_close(z.square().sum(-1).mean(0), torch.full((2,), float(D_MODEL)))
     torch.testing.assert_close(z.mean(0), torch.zeros(2, D_MODEL), atol=1e-5, rtol=0)
     torch.testing.assert_close(normaliser.invert(z), x.float())
 
 
-def test_normaliser_is_the_same_from_a_tensor_a_memory_map_and_a_source(tmp_path):
+def test_normaliser_is_the_same_from_a_tensor_and_a_source():
     class Source:
         n = 500
 
@@ -193,18 +192,15 @@ def test_normaliser_is_the_same_from_a_tensor_a_memory_map_and_a_source(tmp_path
             return x[torch.as_tensor(indices)]
 
     x = activations(n=500, dtype=torch.float32)
-    mapped = np.memmap(tmp_path / "x.bin", dtype=np.float32, mode="w+", shape=tuple(x.shape))
-    mapped[:] = x.numpy()
-    for other in (mapped, Source()):
-        fitted = Normaliser.fit(other)
-        assert torch.equal(fitted.mean, Normaliser.fit(x).mean)
-        assert torch.equal(fitted.scale, Normaliser.fit(x).scale)
+    fitted = Normaliser.fit(Source())
+    assert torch.equal(fitted.mean, Normaliser.fit(x).mean)
+    assert torch.equal(fitted.scale, Normaliser.fit(x).scale)
 
 
 def test_a_normaliser_can_be_taken_off_and_put_back():
     crosscoder, x = build(), activations(seed=1)
     expected, stored = crosscoder.encode(x), crosscoder.normaliser
-    crosscoder.normaliser = Normaliser.identity(2, D_MODEL)
+    crosscoder.normaliser = Normaliser(torch.zeros(2, D_MODEL), torch.ones(2))
     assert crosscoder.normaliser.is_identity
     assert not torch.equal(crosscoder.encode(x), expected)
     crosscoder.normaliser = stored
@@ -215,7 +211,6 @@ def test_a_normaliser_can_be_taken_off_and_put_back():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.empty(0, 2, 3), "no activations"),
         (torch.full((5, 2, 3), float("nan")), "NaN"),
         (torch.full((5, 2, 3), 7.0), "all equal"),
     ],
@@ -242,7 +237,7 @@ def test_encode_decode_and_error_equal_the_definition(partition):
 
 
 def test_calibrated_round_trip_in_float32():
-    crosscoder = build(dtype=torch.float32)
+    crosscoder = build(dtype="float32")
     x = activations(seed=1, dtype=torch.float32)
     torch.testing.assert_close(crosscoder.decode(crosscoder.encode(x)) + crosscoder.error(x), x)
 
@@ -503,7 +498,7 @@ def forbidden_is_zero(crosscoder, tensors):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_forbidden_weights_gradients_and_moments_stay_zero(fused):
-    crosscoder = build(dtype=torch.float32)
+    crosscoder = build(dtype="float32")
     optimiser = torch.optim.Adam(crosscoder.parameters(), lr=0.05, fused=fused)
     for step in range(20):
         optimiser.zero_grad()
@@ -721,14 +716,3 @@ def test_load_published_executes_nothing_from_the_pickle(tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be read"):
         load_published(tmp_path)
     assert "executed" not in capsys.readouterr().out
-
-
-def test_apply_masks_zeroes_forbidden_weights_as_the_authors_forward_pass_does(tmp_path):
-    def change(state):
-        state["W_enc"] += 0.1
-        state["W_dec"] += 0.1
-
-    publish(tmp_path, masks=True, change=change)
-    with pytest.raises(ValueError, match="apply_masks"):
-        load_published(tmp_path)
-    assert load_published(tmp_path, apply_masks=True).integrity() == {"encoder": 0, "decoder": 0}

@@ -68,7 +68,8 @@ def test_clean_is_exact(h):
 def test_reconstruction_and_steering_by_formula(crosscoder, h, target, protocol):
     """The two protocols differ exactly in the normaliser; steering adds (alpha-1) f s_m W_dec."""
     codec = Codec(crosscoder, protocol)
-    used = crosscoder.normaliser if protocol == "calibrated" else Normaliser.identity(2, D_MODEL)
+    identity = Normaliser(torch.zeros(2, D_MODEL), torch.ones(2))
+    used = crosscoder.normaliser if protocol == "calibrated" else identity
     f = by_hand(crosscoder, h, used)
     decoded = torch.einsum("bf,fd->bd", f, crosscoder.W_dec[:, target]) + crosscoder.b_dec[target]
     new, ratio = apply(iv.Reconstruction(codec), h, target)

@@ -25,9 +25,7 @@ class ActivationSource(Protocol):
     ) -> Float[Tensor, "batch model d_model"]: ...
 
 
-AnyActivations = (
-    Float[Tensor, "n model d_model"] | Float[np.ndarray, "n model d_model"] | ActivationSource
-)
+AnyActivations = Float[Tensor, "n model d_model"] | ActivationSource
 
 
 class Batches:
@@ -83,10 +81,8 @@ class Batches:
 
     def _gather(self, indices: np.ndarray) -> Tensor:
         if self.is_source:
-            return torch.as_tensor(self.activations.gather(indices))
-        if isinstance(self.activations, Tensor):
-            return self.activations[torch.as_tensor(indices, device=self.activations.device)]
-        return torch.from_numpy(np.ascontiguousarray(self.activations[indices]))
+            return self.activations.gather(indices)
+        return self.activations[torch.as_tensor(indices, device=self.activations.device)]
 
     @cached_property
     def statistics(self) -> tuple[Tensor, Tensor]:

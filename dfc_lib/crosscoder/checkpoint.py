@@ -91,9 +91,7 @@ def load(directory: str | Path, device: str = "cpu") -> Crosscoder:
     return crosscoder.eval().requires_grad_(False)
 
 
-def load_published(
-    source: str | Path, device: str = "cpu", apply_masks: bool = False
-) -> Crosscoder:
+def load_published(directory: str | Path) -> Crosscoder:
     """Read a checkpoint in the format of arXiv 2606.26474's authors; identity normaliser.
 
     The folder holds ``config.json`` (``activation_dim, dict_size, k, n_a, n_b``) and ``model.pt``,
@@ -101,17 +99,11 @@ def load_published(
     and optionally ``enc_mask (2, D)``, ``dec_mask (D, 2)``. Feature order: A-exclusive,
     B-exclusive, shared. ``b_dec`` is not subtracted before encoding. In evaluation mode and frozen.
 
-    Args:
-        source: the folder, or a name on the Hugging Face hub, see :func:`locate`. What was read,
-            with its commit, is in ``cfg.metadata.source``.
-        apply_masks: set forbidden weights to zero, as the authors' forward pass does, instead of
-            refusing the file.
-
     Raises:
-        FileNotFoundError: a file is missing, or the hub cannot be reached.
+        FileNotFoundError: a file is missing.
         ValueError: naming what is wrong with the file.
     """
-    directory, named, commit = locate(source)
+    directory = Path(directory)
     for name in PUBLISHED_FILES:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is no published checkpoint: {name} is missing")
@@ -126,22 +118,15 @@ def load_published(
     path = directory / "model.pt"
     state = _published_state(path, sizes, partition.mask())
 
-    metadata = {"format": "published", "source": f"{named}@{commit}" if commit else named}
-    crosscoder = Crosscoder.create(
-        sizes["activation_dim"], partition, sizes["k"], device=device, metadata=metadata
-    )
+    crosscoder = Crosscoder.create(sizes["activation_dim"], partition, sizes["k"])
     with torch.no_grad():
         for name, weight in state.items():
             getattr(crosscoder, name).copy_(weight)
-        if apply_masks:
-            partition.zero_forbidden_(crosscoder._rows(crosscoder.encoder))
-            partition.zero_forbidden_(crosscoder._rows(crosscoder.decoder))
     for name, largest in crosscoder.integrity().items():
         if largest:
             raise ValueError(
                 f"{path}: the {name} has a weight of {largest:.3g} where n_a={n_a}, n_b={n_b} and "
-                "the feature order A-exclusive, B-exclusive, shared ask for 0. If the order is "
-                "right, apply_masks=True sets it to 0"
+                "the feature order A-exclusive, B-exclusive, shared ask for 0"
             )
     return crosscoder.eval().requires_grad_(False)
 

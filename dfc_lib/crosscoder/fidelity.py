@@ -9,9 +9,7 @@ from dfc_lib.crosscoder.partition import iterate_batches
 
 
 @torch.no_grad()
-def fidelity(
-    crosscoder: Crosscoder, activations: AnyActivations, batch_size: int = 4096
-) -> pd.DataFrame:
+def fidelity(crosscoder: Crosscoder, activations: AnyActivations) -> pd.DataFrame:
     """How well a crosscoder describes raw activations, per model and per block.
 
     Returns:
@@ -24,7 +22,7 @@ def fidelity(
     partition, crosscoder = crosscoder.partition, crosscoder.eval()
     n, mean, m2, residual = 0, 0.0, 0.0, 0.0
     firings = torch.zeros(partition.dict_size, dtype=torch.int64)
-    for x in iterate_batches(activations, batch_size):
+    for x in iterate_batches(activations):
         forward = crosscoder.forward_sparse(x.to(crosscoder.device))
         z = forward.z.unflatten(1, (partition.n_models, -1)).double().cpu()
         error = (forward.z - forward.reconstruction).unflatten(1, (partition.n_models, -1))
@@ -34,8 +32,6 @@ def fidelity(
         m2 = m2 + (z - z.mean(0)).square().sum((0, 2)) + delta.square().sum(-1) * n * len(z) / total
         mean, n = mean + delta * len(z) / total, total
         firings += forward.firings().cpu()
-    if n == 0:
-        raise ValueError("fidelity needs at least one sample")
     fve = (1 - residual / m2).tolist()
     rows = [
         {"scope": "model", "name": name, "fve": v}

@@ -9,6 +9,7 @@ the final weights come out identical to the last bit (same machine, and for larg
 number of threads; see ``_threads``).
 """
 
+import csv
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -109,10 +110,6 @@ class TrainConfig:
                 raise ValueError(
                     f"TrainConfig.{name} is {getattr(self, name)}; it must be at least 1"
                 )
-        if self.k > self.partition.dict_size:
-            raise ValueError(
-                f"TrainConfig.k is {self.k}, more than the {self.partition.dict_size} features"
-            )
         names, compared = self.partition.model_names, self.difference_coef or self.reserved_steps
         if compared and self.reference not in names:
             raise ValueError(
@@ -195,7 +192,7 @@ class Run:
             batchtopk=config.batchtopk,
             tie_shared=config.tie_shared,
             tie_bias=config.tie_bias,
-            dtype=getattr(torch, config.dtype),
+            dtype=config.dtype,
             device=config.device,
             metadata={"training": config.to_dict()},
             init_seed=config.seed,
@@ -308,8 +305,9 @@ class Run:
                     self.optimiser.state[param] = {"step": count, **moments}
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to start again") from error
-        rows = pd.read_csv(self.directory / METRICS_FILE, float_precision="round_trip")
-        self.rows = rows[rows.step <= self.step].to_dict("records")
+        with open(self.directory / METRICS_FILE, newline="") as file:  # pandas may round
+            rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+        self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= self.step]
 
     def finish(self) -> None:
         self._write_metrics()

@@ -95,13 +95,9 @@ class Crosscoder(SAE[CrosscoderConfig]):
         k: int,
         normaliser: Normaliser | None = None,
         *,
-        batchtopk: bool = False,
-        tie_shared: bool = False,
-        tie_bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        metadata: dict[str, Any] | None = None,
         init_seed: int = 0,
+        metadata: dict[str, Any] | None = None,
+        **options: Any,
     ) -> "Crosscoder":
         """A crosscoder with initial weights and, unless one is given, the identity normaliser.
 
@@ -115,6 +111,10 @@ class Crosscoder(SAE[CrosscoderConfig]):
         difference of two models, and a feature that fires where the difference is *absent* explains
         it as well as one that fires where it is present.
 
+        Args:
+            options: of ``CrosscoderConfig``: ``batchtopk``, ``tie_shared``, ``tie_bias``,
+                ``dtype`` (such as ``"float64"``) and ``device``.
+
         Raises:
             ValueError: ``k`` is not between 1 and the dictionary size.
         """
@@ -123,12 +123,8 @@ class Crosscoder(SAE[CrosscoderConfig]):
             d_sae=partition.dict_size,
             k=k,
             partition=partition.to_dict(),
-            batchtopk=batchtopk,
-            tie_shared=tie_shared,
-            tie_bias=tie_bias,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
             metadata=SAEMetadata(**(metadata or {})),
+            **options,
         )
         crosscoder = cls(cfg)
         generator = torch.Generator().manual_seed(init_seed)
@@ -148,11 +144,6 @@ class Crosscoder(SAE[CrosscoderConfig]):
         self.partition = Partition.from_dict(cfg.partition)
         self.n_models, self.d_dict = self.partition.n_models, self.partition.dict_size
         self.d_model = cfg.d_in // self.n_models
-        if cfg.d_sae != self.d_dict or cfg.d_in != self.n_models * self.d_model:
-            raise ValueError(
-                f"d_sae={cfg.d_sae} and d_in={cfg.d_in} do not fit the partition, which has "
-                f"{self.d_dict} features and {self.n_models} models"
-            )
         if not 1 <= cfg.k <= self.d_dict:
             raise ValueError(f"k={cfg.k} must lie between 1 and the {self.d_dict} features")
 
@@ -266,10 +257,12 @@ class Crosscoder(SAE[CrosscoderConfig]):
             ValueError: ``x`` has another shape; or a mean is needed and the normaliser is the
                 identity, which knows none.
         """
-        preactivations = self.preactivations(x, streams, fill)
+        return self.hook_sae_acts_post(self.select(self.preactivations(x, streams, fill)))
+
+    def select(self, preactivations: Code) -> Code:
+        """The code that pre-activations give: ReLU and top-k (or BatchTopK's threshold)."""
         pattern = self._select(preactivations.detach())
-        values = preactivations[pattern.sample, pattern.feature].relu()
-        return self.hook_sae_acts_post(pattern.dense(values))
+        return pattern.dense(preactivations[pattern.sample, pattern.feature].relu())
 
     def preactivations(
         self,
@@ -302,9 +295,6 @@ class Crosscoder(SAE[CrosscoderConfig]):
     def error(self, x: Raw) -> Raw:
         """What the crosscoder leaves out: ``x - reconstruct(x)``, raw units."""
         return x - self.reconstruct(x)
-
-    def forward(self, x: Raw) -> Raw:
-        return self.hook_sae_output(self.reconstruct(x))
 
     def _normalise(self, x: Raw, streams=None, fill=None) -> Flat:
         if x.ndim != 3 or x.shape[1:] != (self.n_models, self.d_model):
@@ -392,16 +382,13 @@ class Crosscoder(SAE[CrosscoderConfig]):
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Tensor]) -> None:
         """Called by every SAELens loader: refuse what is not whole and intact."""
-        for name in ("normaliser_mean", "normaliser_scale"):
-            if name not in state_dict:
-                raise ValueError(
-                    f"the checkpoint has no {name}: it does not say in which scale it was trained, "
-                    "so its features would be wrong. Train it again; for a "
-                    "published checkpoint use load_published, which attaches the identity"
-                )
         for name, expected in self.state_dict().items():
             if name not in state_dict:
-                raise ValueError(f"the checkpoint has no {name}, it is not a whole {ARCHITECTURE}")
+                raise ValueError(
+                    f"the checkpoint has no {name}, it is not a whole {ARCHITECTURE}; without the "
+                    "scale that it was trained in (normaliser_*) its features would be wrong. "
+                    "Train it again; a published checkpoint is read by load_published"
+                )
             found = state_dict[name]
             if found.shape != expected.shape:
                 raise ValueError(
@@ -413,15 +400,6 @@ class Crosscoder(SAE[CrosscoderConfig]):
         for name in ("encoder", "decoder"):
             if largest := self.partition.largest_forbidden(self._rows(state_dict[name])):
                 raise ValueError(f"{name} violates the partition: a forbidden weight is {largest}")
-
-    def _not_for_a_crosscoder(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            "what SAELens folds into an SAE's weights would change which features are among the "
-            "top k; the scale of each model is in crosscoder.normaliser"
-        )
-
-    fold_W_dec_norm = fold_activation_norm_scaling_factor = _not_for_a_crosscoder
-    fold_activation_whitening = _not_for_a_crosscoder
 
 
 # A notebook's autoreload executes this module again; SAELens refuses to register a name twice.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Raw = Float[Tensor, "batch model d_model"]  # activations of all models, raw units
 Rows = Float[Tensor, "d_dict model d_model"]  # one row per feature and model
+BATCH = 4096  # samples read at a time
 
 
 # --------------------------------------------------------------------------------------------------
@@ -35,28 +36,10 @@ class Partition:
     >>> p = Partition.dedicated(1024, exclusive_share=0.05)
     >>> [(b.name, b.size) for b in p.blocks], p.slice("B_exclusive")
     ([('A_exclusive', 51), ('B_exclusive', 51), ('shared', 922)], slice(51, 102, None))
-
-    Raises:
-        ValueError: a block is empty, repeats a name, or names a model that does not exist.
     """
 
     model_names: tuple[str, ...]
     blocks: tuple[Block, ...]
-
-    def __post_init__(self):
-        if not self.blocks or not self.model_names:
-            raise ValueError("a Partition needs at least one model and one block")
-        for names in (self.names, self.model_names):
-            if len(set(names)) < len(names):
-                raise ValueError(f"names of blocks and of models must be unique, got {names}")
-        for block in self.blocks:
-            if block.size < 1:
-                raise ValueError(f"block {block.name!r} has size {block.size}; leave it out")
-            if not block.models or not set(block.models) <= set(range(self.n_models)):
-                raise ValueError(
-                    f"block {block.name!r} belongs to the models {block.models}, expected some of "
-                    f"0..{self.n_models - 1}"
-                )
 
     @classmethod
     def plain(cls, dict_size: int, n_models: int = 2) -> "Partition":
@@ -127,10 +110,7 @@ class Partition:
 
     def mask(self) -> Bool[Tensor, "d_dict model"]:
         """True where a feature may touch a model."""
-        mask = torch.zeros(self.dict_size, self.n_models, dtype=torch.bool)
-        for block in self.blocks:
-            mask[self.slices[block.name], list(block.models)] = True
-        return mask
+        return self.zero_forbidden_(torch.ones(self.dict_size, self.n_models)).bool()
 
     @cached_property
     def forbidden(self) -> list[tuple[slice, int]]:
@@ -172,14 +152,14 @@ class Partition:
 # Normaliser: raw activations <-> the space in which the dictionary lives
 
 
-def iterate_batches(activations: Any, batch_size: int = 4096) -> Iterator[Raw]:
-    """Walk through a tensor, array, memory map, or ``n`` + ``gather(indices)``, as float32."""
-    gather = getattr(activations, "gather", None) if hasattr(activations, "n") else None
-    n = activations.n if gather else len(activations)
-    for start in range(0, n, batch_size):
-        stop = min(start + batch_size, n)
-        rows = gather(np.arange(start, stop)) if gather else activations[start:stop]
-        yield (rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))).float()
+def iterate_batches(activations: Any) -> Iterator[Raw]:
+    """Walk through a tensor, or ``n`` + ``gather(indices)``, as float32."""
+    is_source = hasattr(activations, "n")
+    n = activations.n if is_source else len(activations)
+    for start in range(0, n, BATCH):
+        stop = min(start + BATCH, n)
+        rows = activations.gather(np.arange(start, stop)) if is_source else activations[start:stop]
+        yield rows.float()
 
 
 @dataclass(frozen=True)
@@ -198,7 +178,7 @@ class Normaliser:
     scale: Float[Tensor, " model"]
 
     @classmethod
-    def fit(cls, activations: Any, batch_size: int = 4096, pooled: bool = False) -> "Normaliser":
+    def fit(cls, activations: Any, pooled: bool = False) -> "Normaliser":
         """From all of ``activations``, ``(n, n_models, d_model)`` (see ``iterate_batches``).
 
         Args:
@@ -207,16 +187,13 @@ class Normaliser:
                 share a frame, such as a model and what was fine-tuned from it.
 
         Raises:
-            ValueError: no activations, values that are not finite, or a model whose activations are
-                all equal.
+            ValueError: values that are not finite, or a model whose activations are all equal.
         """
         n, total, squares = 0, 0.0, 0.0
-        for batch in iterate_batches(activations, batch_size):
+        for batch in iterate_batches(activations):
             n += len(batch)
             total = total + batch.double().sum(0)
             squares = squares + batch.double().square().sum((0, 2))
-        if n == 0:
-            raise ValueError("cannot fit a Normaliser to no activations")
         mean = total / n
         power = squares / (n * mean.shape[-1])
         variance = power - mean.square().mean(-1)
@@ -226,15 +203,9 @@ class Normaliser:
             raise ValueError(f"a model's activations are all equal (variances {variance.tolist()})")
         scale = variance.sqrt()
         if pooled:
-            mean, scale = (
-                of_all.mean(0, keepdim=True).expand_as(of_all).clone() for of_all in (mean, scale)
-            )
+            mean = mean.mean(0, keepdim=True).expand_as(mean)
+            scale = scale.mean(0, keepdim=True).expand_as(scale)
         return cls(mean.float(), scale.float())
-
-    @classmethod
-    def identity(cls, n_models: int, d_model: int) -> "Normaliser":
-        """Changes nothing; for published checkpoints, which do not say how they were scaled."""
-        return cls(torch.zeros(n_models, d_model), torch.ones(n_models))
 
     def variance_of_differences(self, activations: Any, reference: int) -> Float[Tensor, " model"]:
         """Variance per dimension, about its mean, of each model minus the reference (there 0)."""
@@ -249,6 +220,7 @@ class Normaliser:
 
     @property
     def is_identity(self) -> bool:
+        """It changes nothing: published checkpoints do not say how they were scaled."""
         return not bool(self.mean.any()) and bool((self.scale == 1).all())
 
     def apply(self, x: Raw) -> Raw:

@@ -50,51 +50,44 @@ class Recipe:
             loss; or ``published`` (arXiv 2606.26474), z-scores per dataset and model that are not
             stored, the published loss and no auxiliary term.
         vectors: which cache it learns from: ``all`` token positions but the first, or the ``last``
-            token of each text; by default ``all`` when calibrated and ``last`` when published.
+            token of each text.
         partition: by default a DFC with the profile's exclusive share.
         tie_shared: one decoder row per shared feature for both models.
         anchored: shared features mean the same in both models in every respect (decoder rows, bias,
             normaliser), the loss weighs the difference A - B, and for the first half of training
             A's exclusive block has one of the k places for itself; B is the anchor. What the
             models differ in is then written by exclusive features, A's first.
-        exclusive_coef: penalty on the exclusive features.
         setting: whose activations it learns from; see :meth:`Study.at`.
     """
 
     profile: Profile
     protocol: Literal["calibrated", "published"] = "calibrated"
-    vectors: Literal["all", "last", ""] = ""
+    vectors: Literal["all", "last"] = "all"
     partition: Partition | None = None
     tie_shared: bool = False
     anchored: bool = False
-    exclusive_coef: float = 0.0
     setting: str = "threshold"
 
     def __post_init__(self):
         if self.protocol not in ("calibrated", "published"):
             raise ValueError(f"protocol={self.protocol!r}: 'calibrated' or 'published'")
-        if self.vectors not in ("all", "last", ""):
-            raise ValueError(f"vectors={self.vectors!r}: 'all' or 'last'")
         if self.anchored and self.protocol == "published":
             raise ValueError("anchored=True goes with protocol='calibrated' only")
 
     @cached_property
     def activations(self) -> Activations:
         """The cache it learns from."""
-        vectors = self.vectors or ("all" if self.protocol == "calibrated" else "last")
-        return Activations.open(
-            paths.activations(self.profile.name, self.setting) / f"train_{vectors}"
-        )
+        folder = paths.activations(self.profile.name, self.setting)
+        return Activations.open(folder / f"train_{self.vectors}")
 
     def config(self, seed: int = 0) -> TrainConfig:
         """The configuration of one run."""
-        p, partition = self.profile, self.partition
-        fields = {"exclusive_coef": self.exclusive_coef, "tie_shared": self.tie_shared}
+        p, fields = self.profile, {"tie_shared": self.tie_shared}
         if self.protocol == "published":
             fields |= {"variant": "published", "aux_coef": 0.0, "normalise": "zscore_unstored"}
         if self.anchored:
             fields |= anchored(p.steps)
-        partition = partition or Partition.dedicated(p.dict_size, p.exclusive_share)
+        partition = self.partition or Partition.dedicated(p.dict_size, p.exclusive_share)
         return train_config(p, partition, seed=seed, **fields)
 
     def job(self, seed: int = 0) -> Job:
@@ -114,15 +107,10 @@ def recipes(profile: Profile, setting: str = "threshold") -> dict[str, Recipe]:
     """The DFCs that the notebooks compare, by name: what they learn from, and whether the shared
     decoder rows are free, tied, or anchored; and the published recipe.
     """
-    variants = {
-        f"{vectors} {'tied' if tied else 'untied'}": Recipe(
-            profile, vectors=vectors, tie_shared=tied, setting=setting
-        )
-        for vectors in ("all", "last")
-        for tied in (False, True)
-    }
-    variants |= {
-        f"{vectors} anchored": Recipe(profile, vectors=vectors, anchored=True, setting=setting)
-        for vectors in ("all", "last")
-    }
-    return variants | {"published": Recipe(profile, "published", setting=setting)}
+    kinds = {"untied": {}, "tied": {"tie_shared": True}, "anchored": {"anchored": True}}
+    order = [(vectors, kind) for vectors in ("all", "last") for kind in ("untied", "tied")]
+    order += [("all", "anchored"), ("last", "anchored")]
+    return {
+        f"{vectors} {kind}": Recipe(profile, vectors=vectors, setting=setting, **kinds[kind])
+        for vectors, kind in order
+    } | {"published": Recipe(profile, "published", "last", setting=setting)}

@@ -129,8 +129,7 @@ def train(
     One process at a time: a second one waits, and then finds the run finished.
 
     Args:
-        activations: raw, ``(n, n_models, d_model)``: a tensor, array, memory map, or
-            ``ActivationSource``.
+        activations: raw, ``(n, n_models, d_model)``: a tensor or an ``ActivationSource``.
         out_dir: the run's folder. A finished run of the same configuration is returned as it is.
         labels: the dataset of each sample, whole numbers; used by ``zscore_unstored`` only.
         wait: for another process in this folder.

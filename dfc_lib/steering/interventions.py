@@ -42,7 +42,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dfc_lib import store
-from dfc_lib.crosscoder import kernels
 from dfc_lib.crosscoder.model import Code, Crosscoder
 from dfc_lib.crosscoder.partition import Normaliser, Raw
 from dfc_lib.data.pair import fingerprint
@@ -112,11 +111,7 @@ class Codec:
 
     def select(self, preactivations: Code) -> Code:
         """The code that these pre-activations give: ReLU and top-k (or BatchTopK's threshold)."""
-        if self.used.cfg.batchtopk:
-            pattern = kernels.above(preactivations, float(self.used.threshold))
-        else:
-            pattern = kernels.top_k(preactivations, self.used.cfg.k)
-        return pattern.dense(preactivations[pattern.sample, pattern.feature].relu())
+        return self.used.select(preactivations)
 
     def decode(self, f: Code, target: int, blocks: Sequence[str] | None = None) -> Own:
         """The target's reconstruction, raw units; ``blocks`` restricts the features that count."""
