@@ -113,7 +113,6 @@ def run_ours(size: Size, activations: torch.Tensor, steps: int, device: str) -> 
         batch_size=size.batch,
         lr=1e-4,
         aux_coef=0.0,
-        checkpoint_every=steps + 1,
         device=device,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -180,7 +180,7 @@ def test_three_models_kill_9_at_random_steps_then_resume_gives_bit_identical_wei
 
 
 @needs_fork
-@pytest.mark.parametrize("nth", range(1, 15, 2))
+@pytest.mark.parametrize("nth", range(1, 10, 2))
 def test_three_models_kill_9_around_file_writes_leaves_nothing_half_written(
     tmp_path, monkeypatch, nth
 ):

@@ -28,7 +28,6 @@ from dfc_lib.crosscoder.training import (
     TrainConfig,
     config_key,
     get_all,
-    load_metrics,
     run_directory,
     train,
 )
@@ -79,6 +78,10 @@ def changed(**fields):
 
 def weights(directory):
     return load_file(directory / "sae_weights.safetensors")
+
+
+def metrics_of(directory):
+    return pd.read_csv(directory / "metrics.csv")
 
 
 def assert_same_run(directory, expected):
@@ -152,9 +155,9 @@ def test_kill_9_at_random_steps_then_resume_gives_bit_identical_weights(tmp_path
 
 
 @needs_fork
-@pytest.mark.parametrize("nth", range(1, 15))
+@pytest.mark.parametrize("nth", range(1, 10))
 def test_kill_9_around_every_file_write_leaves_nothing_half_written(tmp_path, nth):
-    """Before and after each rename: metrics, state, weights and configuration in turn."""
+    """Before and after each rename: run, states, metrics, weights and configuration in turn."""
     quiet(CONFIG, tmp_path / "whole")
     killed = tmp_path / "killed"
     ended = in_child(killed, CONFIG, lambda: kill_at_call(os, "replace", nth, nth % 2 == 0))
@@ -252,7 +255,7 @@ def test_the_fast_loop_trains_to_the_weights_of_a_plain_dense_loop(
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], expected, rtol=1e-6, atol=1e-8)
     if config.aux_coef and config.variant != "published":
-        assert load_metrics(tmp_path)["aux"].max() > 0  # the auxiliary loss did take part
+        assert metrics_of(tmp_path)["aux"].max() > 0  # the auxiliary loss did take part
 
 
 def test_forbidden_weights_gradients_and_moments_are_exactly_zero_after_training_and_resume(
@@ -281,7 +284,7 @@ def test_forbidden_weights_gradients_and_moments_are_exactly_zero_after_training
                 rows = tensor.detach().unflatten(1, (2, D_MODEL))
                 assert config.partition.largest_forbidden(rows) == 0.0
     final = quiet(config, tmp_path)
-    assert final.integrity() == {"encoder": 0.0, "decoder": 0.0}
+    assert final.integrity() == {"encoder": 0.0, "decoder": 0.0, "tied": 0.0}
 
 
 def test_tied_rows_are_exactly_equal_and_untied_ones_are_not(tmp_path):
@@ -295,7 +298,7 @@ def test_tied_rows_are_exactly_equal_and_untied_ones_are_not(tmp_path):
 
 def test_an_anchored_dfc_writes_the_difference_with_its_exclusive_features_alone(tmp_path):
     crosscoder = quiet(changed(**recipes.anchored(CONFIG.steps)), tmp_path)
-    assert crosscoder.integrity() == {"encoder": 0.0, "decoder": 0.0, "tied": 0.0, "bias": 0.0}
+    assert crosscoder.integrity() == {"encoder": 0.0, "decoder": 0.0, "tied": 0.0}
     scale, mean = crosscoder.normaliser.scale, crosscoder.normaliser.mean
     assert torch.equal(scale[0], scale[1])
     assert torch.equal(mean[0], mean[1])
@@ -393,7 +396,7 @@ def test_the_published_protocol_zscores_per_dataset_and_model_and_stores_nothing
 def test_metrics_are_those_of_the_step_and_losses_fall(tmp_path):
     config = changed(steps=300, lr=1e-2, log_every=50, shared_coef=1e-4)
     crosscoder = quiet(config, tmp_path)
-    metrics = load_metrics(tmp_path)
+    metrics = metrics_of(tmp_path)
     assert metrics["step"].tolist() == [1, 50, 100, 150, 200, 250, 300]
     assert metrics["mse"].iloc[-1] < 0.5 * metrics["mse"].iloc[0]
 
@@ -440,7 +443,7 @@ def test_three_models_train(tmp_path):
     x = torch.cat([X, X[:, :1] * 2], dim=1)
     config = changed(partition=Partition.dedicated(48, 0.1, ("RL", "SFT", "base")))
     crosscoder = quiet(config, tmp_path, x)
-    assert {"fve_RL", "fve_SFT", "fve_base", "l0_base_exclusive"} <= set(load_metrics(tmp_path))
+    assert {"fve_RL", "fve_SFT", "fve_base", "l0_base_exclusive"} <= set(metrics_of(tmp_path))
     crosscoder.check_integrity()
 
 

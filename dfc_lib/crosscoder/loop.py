@@ -6,12 +6,12 @@ of their code (``training.config_key``), so what does not decide them belongs el
 A run can be killed at any moment and called again: the order of the data is a pure function of
 (seed, step), everything else that changes is in one state file that is replaced whole, and on a CPU
 the final weights come out identical to the last bit (same machine, and for large crosscoders same
-number of threads; see ``_threads``).
+number of threads; see ``run``).
 """
 
-import csv
+import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from dfc_lib.store import save_tensors, write_atomically
 STATE_FILE, METRICS_FILE = "state.safetensors", "metrics.csv"
 CLIP_NORM = 1.0  # the largest norm of the whole gradient
 THRESHOLD_RATE = 0.01  # of the moving average of BatchTopK's threshold
-# Up to this many multiplications per encoder product, one thread is as good as two: see _threads.
+# Up to this many multiplications per encoder product, one thread is as good as two: see run.
 ONE_THREAD = 2**28
 
 
@@ -101,15 +101,13 @@ class TrainConfig:
             "dtype": ("float32", "float64"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"TrainConfig.{name} is {getattr(self, name)!r}; use one of {allowed}"
-                )
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"TrainConfig.{name} is {value!r}; use one of {allowed}")
         for name in ("k", "steps", "batch_size", "dead_steps", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"TrainConfig.{name} is {getattr(self, name)}; it must be at least 1"
-                )
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"TrainConfig.{name} is {value}; it must be at least 1")
         names, compared = self.partition.model_names, self.difference_coef or self.reserved_steps
         if compared and self.reference not in names:
             raise ValueError(
@@ -126,9 +124,9 @@ class TrainConfig:
     def reserved(self) -> list[slice]:
         """The features of the exclusive blocks that are not the reference's."""
         partition = self.partition
-        owned = [b for b in partition.blocks if len(b.models) == 1 < partition.n_models]
-        others = [b for b in owned if partition.model_names[b.models[0]] != self.reference]
-        return [partition.slices[block.name] for block in others]
+        owned = [b for b in partition.blocks if len(b.models) == 1]
+        names = [b.name for b in owned if partition.model_names[b.models[0]] != self.reference]
+        return [partition.slices[name] for name in names]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that decide the weights, as plain JSON."""
@@ -139,14 +137,20 @@ class TrainConfig:
 def run(config: TrainConfig, batches: Batches, directory: Path, progress: bool = True) -> None:
     """Train, or finish a run that was interrupted, in its folder.
 
+    A small crosscoder gets one thread on a CPU, whatever the machine has. So it has the same
+    weights whether two cores are free or eight, alone or beside others (``get_all``).
+
     Raises:
         ValueError: the state of the interrupted run is damaged.
         FloatingPointError: the loss is no longer finite.
     """
-    with _threads(config, batches.d_model):
+    partition = config.partition
+    product = config.batch_size * partition.n_models * batches.d_model * partition.dict_size
+    small = config.device == "cpu" and product <= ONE_THREAD
+    with fixed_threads(1) if small else nullcontext():
         state = Run(config, batches, directory)
         state.resume()
-        name = f"crosscoder {config.partition.dict_size} k={config.k}"
+        name = f"crosscoder {partition.dict_size} k={config.k}"
         todo = range(state.step, config.steps)
         bar = tqdm(todo, name, total=config.steps, initial=state.step, disable=not progress)
         for step in bar:
@@ -156,17 +160,6 @@ def run(config: TrainConfig, batches: Batches, directory: Path, progress: bool =
             if state.step % config.checkpoint_every == 0 and state.step < config.steps:
                 state.checkpoint()
         state.finish()
-
-
-def _threads(config: TrainConfig, d_model: int) -> AbstractContextManager[None]:
-    """One thread for a small crosscoder on a CPU, whatever the machine has.
-
-    So it gives the same weights whether two cores are free or eight, alone or beside others
-    (``get_all``).
-    """
-    product = config.batch_size * config.partition.n_models * d_model * config.partition.dict_size
-    small = config.device == "cpu" and product <= ONE_THREAD
-    return fixed_threads(1) if small else nullcontext()
 
 
 @contextmanager
@@ -264,14 +257,14 @@ class Run:
     # -- stopping and going on
 
     def checkpoint(self) -> None:
-        """Write metrics, then the state; rows that are ahead of the state are dropped on resume."""
-        self._write_metrics()
+        """Write the state: weights, optimiser, what has been silent, and the metrics so far."""
         tensors = {f"model.{name}": tensor for name, tensor in self.crosscoder.state_dict().items()}
         tensors["steps_silent"] = self.steps_silent
         for name, param in self.params.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{name}"] = self.optimiser.state[param][moment]
-        save_tensors(tensors, self.directory / STATE_FILE, {"step": str(self.step)})
+        metadata = {"step": str(self.step), "metrics": json.dumps(self.rows)}
+        save_tensors(tensors, self.directory / STATE_FILE, metadata)
 
     def resume(self) -> None:
         """Continue from the state file; without one, start (and fit the normaliser)."""
@@ -297,6 +290,7 @@ class Run:
                     tensor.copy_(state.get_tensor(f"model.{name}"))
                 self.steps_silent.copy_(state.get_tensor("steps_silent"))
                 self.step = int(state.metadata()["step"])
+                self.rows = json.loads(state.metadata()["metrics"])
                 for name, param in self.params.items():
                     moments = {m: torch.empty_like(param) for m in ("exp_avg", "exp_avg_sq")}
                     for moment, tensor in moments.items():
@@ -305,16 +299,10 @@ class Run:
                     self.optimiser.state[param] = {"step": count, **moments}
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to start again") from error
-        with open(self.directory / METRICS_FILE, newline="") as file:  # pandas may round
-            rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
-        self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= self.step]
 
     def finish(self) -> None:
-        self._write_metrics()
+        text = pd.DataFrame(self.rows).to_csv(index=False, lineterminator="\n")
+        write_atomically(self.directory / METRICS_FILE, text)
         self.crosscoder.reserved = []
         self.crosscoder.check_integrity()
         self.crosscoder.save(self.directory)  # cfg.json comes last and marks the run as finished
-
-    def _write_metrics(self) -> None:
-        text = pd.DataFrame(self.rows).to_csv(index=False, lineterminator="\n")
-        write_atomically(self.directory / METRICS_FILE, text)

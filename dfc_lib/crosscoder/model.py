@@ -41,6 +41,8 @@ ARCHITECTURE = "dfc_crosscoder"
 INIT_NORM = 0.3
 Flat = Float[Tensor, "batch model*d_model"]  # the same in normalised units, concatenated
 Code = Float[Tensor, "batch d_dict"]  # features
+Streams = Sequence[str | int] | None  # models by name or index
+Means = Float[Tensor, "model d_model"] | None  # raw units
 
 
 @dataclass(kw_only=True)
@@ -193,17 +195,14 @@ class Crosscoder(SAE[CrosscoderConfig]):
 
     @torch.no_grad()
     def integrity(self) -> dict[str, float]:
-        """The largest forbidden weight and the largest gap between tied rows; all must be 0."""
-        found = {
+        """The largest forbidden weights and the largest gap between tied rows; all must be 0."""
+        tied = [self.W_dec[features] for features in self._tied()]
+        tied += [self.b_dec[None]] if self.cfg.tie_bias else []
+        return {
             "encoder": self.partition.largest_forbidden(self._rows(self.encoder)),
             "decoder": self.partition.largest_forbidden(self._rows(self.decoder)),
+            "tied": max((float((r - r[:, :1]).abs().amax()) for r in tied), default=0.0),
         }
-        if self.cfg.tie_shared:
-            tied = [self.W_dec[features] for features in self._tied()]
-            found["tied"] = max((float((r - r[:, :1]).abs().amax()) for r in tied), default=0.0)
-        if self.cfg.tie_bias:
-            found["bias"] = float((self.b_dec - self.b_dec[:1]).abs().amax())
-        return found
 
     def check_integrity(self) -> None:
         """Raises ``ValueError`` unless forbidden weights are 0 and tied rows equal, exactly."""
@@ -240,18 +239,13 @@ class Crosscoder(SAE[CrosscoderConfig]):
 
     # -- encode and decode, raw units
 
-    def encode(
-        self,
-        x: Raw,
-        streams: Sequence[str | int] | None = None,
-        fill: Float[Tensor, "model d_model"] | None = None,
-    ) -> Code:
+    def encode(self, x: Raw, streams: Streams = None, fill: Means = None) -> Code:
         """Raw activations to features.
 
         Args:
-            streams: the models to read from, by name or index (default: all). The others are set to
+            streams: the models to read from (default: all). The others are set to
                 their mean, so ``["B"]`` is base-only encoding; ``x`` is not looked at for them.
-            fill: what replaces the other streams, raw units (default: the normaliser's mean).
+            fill: what replaces the other streams (default: the normaliser's mean).
 
         Raises:
             ValueError: ``x`` has another shape; or a mean is needed and the normaliser is the
@@ -264,12 +258,7 @@ class Crosscoder(SAE[CrosscoderConfig]):
         pattern = self._select(preactivations.detach())
         return pattern.dense(preactivations[pattern.sample, pattern.feature].relu())
 
-    def preactivations(
-        self,
-        x: Raw,
-        streams: Sequence[str | int] | None = None,
-        fill: Float[Tensor, "model d_model"] | None = None,
-    ) -> Code:
+    def preactivations(self, x: Raw, streams: Streams = None, fill: Means = None) -> Code:
         """What ``encode`` selects from, before ReLU and top-k. Arguments as there."""
         z = self._normalise(x, streams, fill)
         return self.hook_sae_acts_pre(z @ self.encoder.T + self.b_enc)
@@ -296,7 +285,7 @@ class Crosscoder(SAE[CrosscoderConfig]):
         """What the crosscoder leaves out: ``x - reconstruct(x)``, raw units."""
         return x - self.reconstruct(x)
 
-    def _normalise(self, x: Raw, streams=None, fill=None) -> Flat:
+    def _normalise(self, x: Raw, streams: Streams = None, fill: Means = None) -> Flat:
         if x.ndim != 3 or x.shape[1:] != (self.n_models, self.d_model):
             raise ValueError(
                 f"expected activations of shape (batch, {self.n_models}, {self.d_model}), got "

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from dfc_lib import paths
+from dfc_lib.crosscoder.loop import METRICS_FILE
 from dfc_lib.crosscoder.partition import Partition
-from dfc_lib.crosscoder.training import Job, TrainConfig, load_metrics, run_directory
+from dfc_lib.crosscoder.training import Job, TrainConfig, run_directory
 from dfc_lib.data.activations import Activations
 from dfc_lib.profiles import Profile
 
@@ -98,9 +99,21 @@ class Recipe:
         return Job(self.config(seed), self.activations, self.activations.key, labels)
 
     def metrics(self, seed: int = 0) -> pd.DataFrame:
-        """What ``load_metrics`` gives for the run of a seed."""
+        """The metrics of the run of a seed, one row per logged step.
+
+        Columns: ``step`` (from 1), ``loss`` and its terms (see ``losses``; 0 where the coefficient
+        is), per model ``fve_<model>``, per block ``l0_<block>`` (mean active features per sample)
+        and ``dead_<block>`` (share of features silent for ``dead_steps``). All measured on the
+        step's own batch, before its update.
+
+        Raises:
+            FileNotFoundError: the run is not finished.
+        """
         build = paths.build(self.profile.name)
-        return load_metrics(run_directory(self.config(seed), build, self.activations.key))
+        path = run_directory(self.config(seed), build, self.activations.key) / METRICS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; train the run first")
+        return pd.read_csv(path)
 
 
 def recipes(profile: Profile, setting: str = "threshold") -> dict[str, Recipe]:

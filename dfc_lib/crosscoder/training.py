@@ -5,8 +5,8 @@ the configuration, the data and the code that decides the weights, so nothing is
 nothing that would come out differently is kept. ``train`` does the work in a folder of your choice.
 
 A run's folder holds ``sae_weights.safetensors`` + ``cfg.json`` (the crosscoder, see
-``checkpoint.load``), ``metrics.csv``, ``run.json`` (the configuration) and, while it is unfinished,
-``state.safetensors``.
+``checkpoint.load``), ``metrics.csv`` (see ``recipes.Recipe.metrics``), ``run.json`` (the
+configuration) and, while it is unfinished, ``state.safetensors`` instead of the first three.
 """
 
 import json
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from filelock import Timeout
 from jaxtyping import Int
@@ -27,7 +26,7 @@ from dfc_lib import provenance, store
 from dfc_lib.crosscoder import loop
 from dfc_lib.crosscoder.batches import AnyActivations, Batches
 from dfc_lib.crosscoder.checkpoint import load
-from dfc_lib.crosscoder.loop import METRICS_FILE, STATE_FILE, TrainConfig, fixed_threads
+from dfc_lib.crosscoder.loop import STATE_FILE, TrainConfig, fixed_threads
 from dfc_lib.crosscoder.model import Crosscoder
 
 RUN_FILE = "run.json"
@@ -79,7 +78,7 @@ def get_all(
     """Crosscoders by name, kept in ``<build_dir>/crosscoders``; ``workers`` are trained at a time.
 
     Small products do not gain from a second core, whole runs do. Each small run uses the one thread
-    that it would use alone, so its weights are the same (``_threads``).
+    that it would use alone, so its weights are the same (``loop.run``).
 
     Raises:
         what a run raises, once the runs that had begun have stopped; the others are not begun.
@@ -161,17 +160,3 @@ def _claim(directory: Path, config: TrainConfig) -> None:
             f"{directory} holds another run, or its {RUN_FILE} is missing or damaged; choose "
             "another out_dir, or delete it to start again"
         )
-
-
-def load_metrics(directory: str | Path) -> pd.DataFrame:
-    """The metrics of a run, one row per logged step.
-
-    Columns: ``step`` (from 1), ``loss`` and its terms (see ``losses``; 0 where the coefficient is),
-    per model ``fve_<model>``, per block ``l0_<block>`` (mean active features per sample) and
-    ``dead_<block>`` (share of features silent for ``dead_steps``). All measured on the step's own
-    batch, before its update.
-    """
-    path = Path(directory) / METRICS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; train the run first")
-    return pd.read_csv(path)
