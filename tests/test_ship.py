@@ -17,7 +17,6 @@ from dfc_lib.data import activations
 from dfc_lib.data.pair import PairError, verify
 from dfc_lib.reading import switches
 from dfc_lib.steering.interventions import Clean, Codec, Steer
-from dfc_lib.store import sha256
 from dfc_lib.study import Study
 from tools import ship
 

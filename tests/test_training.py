@@ -606,10 +606,12 @@ def test_many_crosscoders_stop_at_the_first_that_fails(tmp_path):
 # -- provenance: what retrains what
 
 LIBRARY = Path(training.__file__).parents[1]
+CALIBRATED, PUBLISHED = changed(), changed(variant="published", aux_coef=0.0)
+MAKES_CACHES = ("dfc_lib.data.activations",)
 
 
 def keys_after(root, module="", old="", new=""):
-    """Keys of a crosscoder and of the caches, in an edited library."""
+    """Keys of a calibrated crosscoder, a published one, and the caches, in an edited library."""
     path = root / "dfc_lib"
     shutil.copytree(LIBRARY, path, ignore=shutil.ignore_patterns("__pycache__"))
     if module:
@@ -618,43 +620,51 @@ def keys_after(root, module="", old="", new=""):
         (path / module).write_text(source.replace(old, new))
     library = provenance.Library(root)
 
-    def code(module):
-        return [library.fingerprint(name) for name in library.closure([f"import {module}"])]
+    def code(*modules):
+        reached = library.closure(f"import {name}" for name in modules)
+        return tuple(library.fingerprint(name) for name in reached)
 
-    return code(training.LOOP), code("dfc_lib.data.activations")
+    run = (training.LOOP, training.PENALTY + "exclusive_only")
+    published = (training.LOOP, training.PENALTY + "published")
+    return np.array([hash(code(*run)), hash(code(*published)), hash(code(*MAKES_CACHES))])
 
 
 @pytest.mark.parametrize(
     ("module", "old", "new", "changes"),
     [
-        # one operation: of the loss, of a kernel, of the optimiser
-        ("crosscoder/losses.py", "aux_coef * terms", "2 * aux_coef * terms", True),
-        ("crosscoder/kernels.py", "norms.sum(dim=-1)", "norms.mean(dim=-1)", True),
-        ("crosscoder/loop.py", "torch.optim.Adam(", "torch.optim.AdamW(", True),
+        # one operation: of every loss, of one penalty, of a kernel, of the optimiser
+        ("crosscoder/losses.py", "aux_coef * terms", "2 * aux_coef * terms", (True, True, False)),
+        ("crosscoder/penalty_published.py", "return 1.0", "return 2.0", (False, True, False)),
+        ("crosscoder/penalty_exclusive_only.py", "not in", "in", (True, False, False)),
+        ("crosscoder/kernels.py", "norms.sum(dim=-1)", "norms.mean(dim=-1)", (True, True, False)),
+        ("crosscoder/loop.py", "torch.optim.Adam(", "torch.optim.AdamW(", (True, True, False)),
         # words
-        ("crosscoder/losses.py", "pull at them", "tug at them", False),
-        ("crosscoder/losses.py", "The total loss", "The sum", False),
+        ("crosscoder/losses.py", "pull at them", "tug at them", (False, False, False)),
+        ("crosscoder/losses.py", "The total loss", "The sum", (False, False, False)),
         # what finds, reads or describes a crosscoder
-        ("crosscoder/training.py", "min(workers", "min(2 * workers", False),
-        ("crosscoder/checkpoint.py", '"n_a": 0', '"n_a": 1', False),
-        ("crosscoder/fidelity.py", "1 - residual", "2 - residual", False),
-        ("crosscoder/recipes.py", '"k": profile.k', '"k": profile.k + 1', False),
+        ("crosscoder/training.py", "min(workers", "min(2 * workers", (False, False, False)),
+        ("crosscoder/checkpoint.py", '"n_a": 0', '"n_a": 1', (False, False, False)),
+        ("crosscoder/fidelity.py", "1 - residual", "2 - residual", (False, False, False)),
+        ("crosscoder/recipes.py", '"k": profile.k', '"k": profile.k + 1', (False, False, False)),
     ],
-)
+)  # fmt: skip
 def test_an_edit_gives_other_keys_to_what_it_touches_and_to_nothing_else(
     tmp_path, module, old, new, changes
 ):
-    crosscoder, caches = keys_after(tmp_path / "before")
-    edited, of_caches = keys_after(tmp_path / "after", module, old, new)
-    assert (edited != crosscoder) == changes
-    assert of_caches == caches
+    before = keys_after(tmp_path / "before")
+    after = keys_after(tmp_path / "after", module, old, new)
+    assert tuple(before != after) == changes
 
 
-def test_the_key_of_a_run_holds_the_code_of_its_loop(monkeypatch):
-    before, hashed = config_key(CONFIG, "data"), []
+def test_the_key_of_a_run_holds_the_code_of_its_loop_and_of_its_own_penalty(monkeypatch):
+    for variant in training.loop.losses.VARIANTS:
+        assert training.loop.losses.penalty(variant).__name__ == training.PENALTY + variant
+    before = [config_key(c, "data") for c in (CALIBRATED, PUBLISHED)]
+    hashed = []
     monkeypatch.setattr(provenance, "code_hash", lambda *m: hashed.append(m) or "other code")
-    assert config_key(CONFIG, "data") != before
-    assert hashed == [(training.LOOP,)]
+    assert all(config_key(c, "data") not in before for c in (CALIBRATED, PUBLISHED))
+    penalties = [training.PENALTY + v for v in ("exclusive_only", "published")]
+    assert hashed == [(training.LOOP, penalty) for penalty in penalties]
 
 
 @pytest.mark.parametrize("before", [1, 2])

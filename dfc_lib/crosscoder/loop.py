@@ -245,7 +245,7 @@ class Run:
         z, reconstruction = forward.z.view(shape), forward.reconstruction.view(shape)
         fve = 1 - (z - reconstruction).square().sum((0, 2)) / (z - z.mean(0)).square().sum((0, 2))
         row = {"step": self.step + 1, "loss": float(total)}
-        row |= {name: float(term) for name, term in terms.items()}
+        row |= {name: float(terms[name]) for name in terms if name not in self.unused_terms}
         for name, value in zip(partition.model_names, fve.tolist(), strict=True):
             row[f"fve_{name}"] = value
         dead = (self.steps_silent >= config.dead_steps).double()

@@ -20,6 +20,8 @@ normaliser):
 """
 
 from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch.nn.functional as F
@@ -35,6 +37,17 @@ if TYPE_CHECKING:
 Variant = Literal["published", "exclusive_only"]
 VARIANTS = get_args(Variant)
 Scalar = Float[Tensor, ""]
+
+
+def penalty(variant: Variant) -> ModuleType:
+    """What sets a variant apart; one module each, so that an edit of one retrains its own alone.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown; use one of {VARIANTS}")
+    return import_module(f"{__package__}.penalty_{variant}")
 
 
 class Differences(NamedTuple):
@@ -67,22 +80,20 @@ def terms(
     Raises:
         ValueError: there is no such variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is unknown; use one of {VARIANTS}")
-    blocks, shared = crosscoder.partition.blocks, crosscoder.partition.shared_blocks
-    groups = {"l1_shared": [shared], "l1_exclusive": [[b for b in blocks if b not in shared]]}
-    if variant == "published":
-        models = range(crosscoder.n_models)
-        groups["l1_exclusive"] = [[b for b in blocks if m in b.models] for m in models]
+    penalised, partition = penalty(variant), crosscoder.partition
+    groups = {
+        "l1_shared": [partition.shared_blocks],
+        "l1_exclusive": penalised.exclusive_groups(partition),
+    }
     found = {"mse": F.mse_loss(forward.reconstruction, forward.z)}
     for name, of in groups.items():
         means = [
-            _mean_activation(crosscoder, forward, group, variant)
-            for group in ([] if name in skip else of)
+            _mean_activation(crosscoder, forward, blocks, penalised.weight)
+            for blocks in ([] if name in skip else of)
         ]
         found[name] = sum(means, forward.z.new_zeros(())) / max(1, len(means))
     found["aux"] = forward.z.new_zeros(())
-    if dead is not None and variant != "published" and "aux" not in skip:
+    if dead is not None and penalised.AUXILIARY and "aux" not in skip:
         found["aux"] = _auxiliary(crosscoder, forward, dead)
     found["difference"] = forward.z.new_zeros(())
     if differences is not None:
@@ -114,17 +125,13 @@ def _difference(crosscoder: "Crosscoder", forward: "Forward", to: Differences) -
 
 
 def _mean_activation(
-    crosscoder: "Crosscoder", forward: "Forward", blocks: list[Block], variant: Variant
+    crosscoder: "Crosscoder", forward: "Forward", blocks: list[Block], weight_of
 ) -> Scalar:
     """Mean over batch and features of the (weighted) activations of some blocks."""
     weight = forward.z.new_zeros(crosscoder.d_dict)
     for block in blocks:
         features = crosscoder.partition.slices[block.name]
-        if variant == "published":
-            weight[features] = 1.0
-        else:
-            norms = kernels.SummedRowNorms.apply
-            weight[features] = norms(crosscoder.decoder, features, crosscoder.n_models)
+        weight[features] = weight_of(crosscoder, features)
     total = (forward.activations * weight[forward.pattern.feature]).sum()
     return total / max(1, len(forward.z) * sum(block.size for block in blocks))
 

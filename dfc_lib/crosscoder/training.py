@@ -31,12 +31,14 @@ from dfc_lib.crosscoder.model import Crosscoder
 
 RUN_FILE = "run.json"
 LOOP = "dfc_lib.crosscoder.loop"
+PENALTY = "dfc_lib.crosscoder.penalty_"  # and a variant: what `losses` loads for it
 Name = TypeVar("Name", bound=Hashable)
 
 
 def config_key(config: TrainConfig, data_key: str) -> str:
     """The name of a run: a hash of everything that decides its result, code included."""
-    return store.key(provenance.code_hash(LOOP), config.to_dict(), data_key)
+    code = provenance.code_hash(LOOP, PENALTY + config.variant)
+    return store.key(code, config.to_dict(), data_key)
 
 
 def run_directory(config: TrainConfig, build_dir: str | Path, data_key: str) -> Path:

@@ -91,7 +91,8 @@ class Codec:
             return self.crosscoder
         twin = copy.copy(self.crosscoder)  # shares the weights
         twin._buffers = self.crosscoder._buffers.copy()
-        twin.normaliser = Normaliser.identity(twin.n_models, twin.d_model)
+        own = twin.normaliser
+        twin.normaliser = Normaliser(own.mean * 0, own.scale * 0 + 1)
         return twin
 
     def _streams(self, target: int) -> dict[str, Any]:
