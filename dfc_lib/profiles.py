@@ -20,6 +20,8 @@ from typing import Any
 
 from dfc_lib import paths
 
+DEVICES = ("cpu", "cuda", "mps")
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -54,7 +56,7 @@ class Profile:
     batch_generation: int  # prompts generated for at once
     max_new_tokens: int  # an answer is cut here
     dtype: str  # in which the models are run: a torch dtype by name
-    device: str  # "cpu", "cuda" or "mps"
+    device: str  # one of `DEVICES`
     threads: int  # of a notebook on a CPU, where small models leave cores to others; 0: all cores
     file: str = ""  # the file that it was read from, as an absolute path; empty: it is one of these
 
@@ -109,6 +111,11 @@ class Profile:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def __post_init__(self) -> None:
+        if self.device.partition(":")[0] not in DEVICES:
+            raise ValueError(
+                f"profile {self.name}: device is {self.device!r}; it may be {', '.join(DEVICES)} "
+                "or one of several, such as 'cuda:1'"
+            )
         if not 0 <= self.exclusive_share < 0.5:
             raise ValueError(
                 f"profile {self.name}: exclusive_share is {self.exclusive_share}; each of the two "
@@ -162,9 +169,10 @@ def get(name: str) -> Profile:
 
 def _profile(path: Path, given: dict, like: Profile | None, **fixed: Any) -> Profile:
     """A profile from what a file says of it: all fields, or those that differ from another's."""
-    if like and ("model_a" in given or "model_b" in given):
-        # What is of the other pair has no place here.
-        given = {"pair": None, "others": {}} | given
+    if like:
+        given = {"published": False} | given if "published" not in fixed else given
+        if "model_a" in given or "model_b" in given:  # what is of the other pair has no place here
+            given = {"pair": None, "others": {}} | given
     possible = {field.name for field in fields(Profile)} - {"file", *fixed}
     if unknown := set(given) - possible:
         raise ValueError(

@@ -151,6 +151,12 @@ def test_three_models_each_get_their_own_block():
     assert THREE.mask().sum(0).tolist() == [4 + 28] * 3
 
 
+def test_what_saelens_would_fold_into_the_weights_is_refused():
+    crosscoder = Crosscoder.create(8, Partition.dedicated(20, 0.1), 2)
+    with pytest.raises(NotImplementedError, match="among the top k"):
+        crosscoder.fold_W_dec_norm()
+
+
 @pytest.mark.parametrize(
     "make",
     [

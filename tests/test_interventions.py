@@ -352,6 +352,19 @@ def test_a_setting_of_the_crosscoder_is_part_of_the_key(crosscoder):
     assert iv.key(Codec(other)) != iv.key(Codec(crosscoder))
 
 
+def test_any_model_in_a_kind_counts_by_its_weights():
+    """A probe of one's own, say, which has no settings as a crosscoder has them."""
+    one, other = (Held(torch.nn.Linear(3, 1)) for _ in range(2))
+    same = Held(torch.nn.Linear(3, 1))
+    same.model.load_state_dict(one.model.state_dict())
+    assert iv.key(one) == iv.key(same) != iv.key(other)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held(iv.Intervention):
+    model: torch.nn.Module
+
+
 def test_a_control_reads_what_its_model_reads(crosscoder):
     """Else the engine leaves the other model out, and the control's length is not a number."""
     own, joint = Codec(crosscoder, encoding="own"), Codec(crosscoder)

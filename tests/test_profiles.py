@@ -61,6 +61,19 @@ def test_every_field_has_a_comment():
     assert [f.target.id for f in fields if "#" not in lines[f.lineno - 1]] == ["name"]
 
 
+def test_a_profile_like_another_is_not_the_published_one():
+    """A new one that took this over would write over the committed figures."""
+    like = profiles._profile(Path("profiles.toml"), {"n_ranking": 7}, profiles.PROFILES["toy"])
+    assert not like.published
+    assert like.n_ranking == 7
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda0"])
+def test_a_device_that_is_none_is_refused_with_those_there_are(device):
+    with pytest.raises(ValueError, match=rf"device is '{device}'; it may be cpu, cuda, mps"):
+        dataclasses.replace(profiles.PROFILES["toy"], device=device)
+
+
 def test_the_library_never_compares_a_profile_name():
     """What differs between profiles must be a field, or a new profile would fall through."""
     comparison = re.compile(r"""profile(\.name)?\s*(==|!=|in)\s*[\[("']|DFC_PROFILE.*==""")

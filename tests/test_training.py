@@ -624,8 +624,8 @@ def keys_after(root, module="", old="", new=""):
         reached = library.closure(f"import {name}" for name in modules)
         return tuple(library.fingerprint(name) for name in reached)
 
-    run = (training.LOOP, training.PENALTY + "exclusive_only")
-    published = (training.LOOP, training.PENALTY + "published")
+    run = (training.LOOP, training.PENALTIES["exclusive_only"])
+    published = (training.LOOP, training.PENALTIES["published"])
     return np.array([hash(code(*run)), hash(code(*published)), hash(code(*MAKES_CACHES))])
 
 
@@ -657,14 +657,19 @@ def test_an_edit_gives_other_keys_to_what_it_touches_and_to_nothing_else(
 
 
 def test_the_key_of_a_run_holds_the_code_of_its_loop_and_of_its_own_penalty(monkeypatch):
-    for variant in training.loop.losses.VARIANTS:
-        assert training.loop.losses.penalty(variant).__name__ == training.PENALTY + variant
+    penalties = training.PENALTIES
+    assert set(penalties) == set(training.loop.losses.VARIANTS)
+    for variant, module in penalties.items():
+        assert training.loop.losses.penalty(variant).__name__ == module
+    root = LIBRARY.parent  # what opens a study depends on both: a notebook is stale with either
+    assert set(penalties.values()) <= set(
+        provenance.Library(root).closure(["from dfc_lib.study import Study"])
+    )
     before = [config_key(c, "data") for c in (CALIBRATED, PUBLISHED)]
     hashed = []
     monkeypatch.setattr(provenance, "code_hash", lambda *m: hashed.append(m) or "other code")
     assert all(config_key(c, "data") not in before for c in (CALIBRATED, PUBLISHED))
-    penalties = [training.PENALTY + v for v in ("exclusive_only", "published")]
-    assert hashed == [(training.LOOP, penalty) for penalty in penalties]
+    assert hashed == [(training.LOOP, penalties[v]) for v in ("exclusive_only", "published")]
 
 
 @pytest.mark.parametrize("before", [1, 2])

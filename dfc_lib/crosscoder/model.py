@@ -87,6 +87,9 @@ class Crosscoder(SAE[CrosscoderConfig]):
 
     It is made in evaluation mode. The mode matters to BatchTopK alone: in training it selects over
     the batch, in use by its threshold.
+
+    Gradients are with respect to its weights alone, and are added to a weight's ``.grad`` where
+    there is one. They obey the partition and the ties after ``constrain_grads_``.
     """
 
     @classmethod
@@ -389,6 +392,15 @@ class Crosscoder(SAE[CrosscoderConfig]):
         for name in ("encoder", "decoder"):
             if largest := self.partition.largest_forbidden(self._rows(state_dict[name])):
                 raise ValueError(f"{name} violates the partition: a forbidden weight is {largest}")
+
+    def _not_for_a_crosscoder(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError(
+            "what SAELens folds into an SAE's weights would change which features are among the "
+            "top k; the scale of each model is in crosscoder.normaliser"
+        )
+
+    fold_W_dec_norm = fold_activation_norm_scaling_factor = _not_for_a_crosscoder
+    fold_activation_whitening = _not_for_a_crosscoder
 
 
 # A notebook's autoreload executes this module again; SAELens refuses to register a name twice.

@@ -101,10 +101,10 @@ class Recipe:
     def metrics(self, seed: int = 0) -> pd.DataFrame:
         """The metrics of the run of a seed, one row per logged step.
 
-        Columns: ``step`` (from 1), ``loss`` and its terms (see ``losses``; 0 where the coefficient
-        is), per model ``fve_<model>``, per block ``l0_<block>`` (mean active features per sample)
-        and ``dead_<block>`` (share of features silent for ``dead_steps``). All measured on the
-        step's own batch, before its update.
+        Columns: ``step`` (from 1), ``loss`` and those of its terms that count (see ``losses``), per
+        model ``fve_<model>``, per block ``l0_<block>`` (mean active features per sample) and
+        ``dead_<block>`` (share of features silent for ``dead_steps``). All measured on the step's
+        own batch, before its update.
 
         Raises:
             FileNotFoundError: the run is not finished.

@@ -31,13 +31,16 @@ from dfc_lib.crosscoder.model import Crosscoder
 
 RUN_FILE = "run.json"
 LOOP = "dfc_lib.crosscoder.loop"
-PENALTY = "dfc_lib.crosscoder.penalty_"  # and a variant: what `losses` loads for it
+PENALTIES = {  # what `losses` loads for a configuration's variant
+    "published": "dfc_lib.crosscoder.penalty_published",
+    "exclusive_only": "dfc_lib.crosscoder.penalty_exclusive_only",
+}
 Name = TypeVar("Name", bound=Hashable)
 
 
 def config_key(config: TrainConfig, data_key: str) -> str:
     """The name of a run: a hash of everything that decides its result, code included."""
-    code = provenance.code_hash(LOOP, PENALTY + config.variant)
+    code = provenance.code_hash(LOOP, PENALTIES[config.variant])
     return store.key(code, config.to_dict(), data_key)
 
 

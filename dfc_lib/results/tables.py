@@ -67,7 +67,7 @@ def paired_table(
 
     Returns:
         ``levels``, ``metric``, ``mean``, ``gain`` (mean difference from ``before``) with its
-        bootstrap interval ``low``, ``high``, ``n`` prompts, of these ``rescued`` (higher than
+        95 % interval ``low``, ``high``, ``n`` prompts, of these ``rescued`` (higher than
         before) and ``broken`` (lower), and ``means``; in the order of ``frame``, metrics outermost.
 
     Raises:
@@ -84,7 +84,8 @@ def paired_table(
             if name[0] == before:
                 continue
             end = part.groupby("prompt")[metric].mean().loc[start.index]
-            d = statistics.paired_difference(start, end, seed=seed, n_bootstrap=n_bootstrap)
+            resamples = 2 if runs else n_bootstrap  # with runs the interval is another
+            d = statistics.paired_difference(start, end, seed=seed, n_bootstrap=resamples)
             row = dict(zip(levels, name, strict=True)) | {"metric": metric, "mean": end.mean()}
             row |= {"gain": d.mean, "low": d.bootstrap_low, "high": d.bootstrap_high, "n": d.n}
             row |= {"rescued": d.n_rescued, "broken": d.n_broken} | sizes

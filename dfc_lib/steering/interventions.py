@@ -412,8 +412,8 @@ def _content(value: Any, seen: dict[int, str]) -> str:
     if isinstance(value, nn.Module):
         if id(value) not in seen:
             # k and the like decide the code and are no weights.
-            config = value.cfg.to_dict().items()
-            settings = {k: v for k, v in config if k not in ("device", "metadata")}
+            config = value.cfg.to_dict() if isinstance(value, Crosscoder) else {}
+            settings = {k: v for k, v in config.items() if k not in ("device", "metadata")}
             seen[id(value)] = store.key(fingerprint(value), settings)
         return seen[id(value)]
     if isinstance(value, Tensor):
@@ -436,6 +436,6 @@ def _source(kind: type) -> str:
         if inspect.isfunction(value):
             with suppress(OSError):  # dataclass writes methods that have no source
                 texts.append(code_text(textwrap.dedent(inspect.getsource(value))))
-        elif not name.startswith("__"):
+        elif isinstance(value, bool | int | float | str) and not name.startswith("__"):
             texts.append(f"{name}={value!r}")
     return "".join(texts)
