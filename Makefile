@@ -79,7 +79,7 @@ rehearse: environment ## PROFILE=mine.json: your own pair all the way at smoke's
 test: environment ## ruff, pytest, and every notebook at smoke through nbval
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
-	$(python) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(python) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(python) -m tools.runner check --profile smoke $(notebooks) $(jobs)
 
 regress: environment ## every notebook at toy through nbval, its rounded results compared
