@@ -76,6 +76,7 @@ smoke: environment ## the same with tiny budgets, into build/smoke/
 rehearse: environment ## PROFILE=mine.json: your own pair all the way at smoke's sizes, and what the full run needs
 	@$(python) -m tools.rehearse '$(PROFILE)' $(jobs)
 
+# Files in their order: sorted by their number of tests, the longest one would come last, alone.
 test: environment ## ruff, pytest, and every notebook at smoke through nbval
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .

@@ -709,6 +709,22 @@ def test_check_leaves_committed_files_alone_and_compares_csvs(ran, command):
     assert row["code_hash"] == runner.Project(ran, TOY).key("00_first")
 
 
+def test_a_cell_of_a_check_that_hangs_is_ended(ran):
+    """A hanging kernel must not hang continuous integration."""
+    path = ran / "notebooks/02_alone.ipynb"
+    edit(path, "1 + 1", "import time; time.sleep(600)")
+    child = (
+        "import sys; from pathlib import Path; from tools import execute; execute.CELL_TIMEOUT = 3;"
+        f"sys.exit(execute._nbval(Path({str(path)!r}), Path({str(ran)!r})))"
+    )
+    root = Path(runner.__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", child], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 1
+    assert "Timeout of 3 seconds exceeded" in found.stdout
+
+
 def test_the_quickstart_comes_first_and_a_readers_own_notebooks_do_not_run(tmp_path):
     """A copy made to play with must not end up among the results."""
     root = make_compendium(tmp_path)
